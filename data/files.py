@@ -1,0 +1,85 @@
+"""Writing that a crash cannot tear: build aside, fsync, rename into place, fsync the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(path: Path) -> None:
+    """Flushes a file, or a folder with everything below it, to the disk."""
+    if path.is_dir():
+        for folder, _, names in os.walk(path):
+            for name in names:
+                fsync_path(Path(folder, name))
+            fsync_path(Path(folder))
+    else:
+        fsync_path(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder; one that is not there is not an error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def move_into_place(built: Path, target: Path) -> None:
+    """Flushes `built` and renames it to `target` on the same file system, replacing what stood there.
+
+    A file is replaced in one step. A folder that exists already is moved aside first and removed after.
+    """
+    fsync_tree(built)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = None
+    if target.is_dir():
+        aside = built.with_name(f"old-{uuid.uuid4().hex}")
+        os.rename(target, aside)
+    os.replace(built, target)
+    fsync_path(target.parent)
+    if aside is not None:
+        remove(aside)
+
+
+@contextmanager
+def build_aside(tmp: Path, suffix: str = "") -> Iterator[Path]:
+    """A fresh path in the folder `tmp` to build a file or folder at; removed at the end if still there."""
+    tmp.mkdir(parents=True, exist_ok=True)
+    path = tmp / f"{uuid.uuid4().hex}{suffix}"
+    try:
+        yield path
+    finally:
+        remove(path)
+
+
+def write_atomically(target: Path, write: Callable[[Path], object], tmp: Path) -> None:
+    """Calls `write(path)` on a path in `tmp`, then moves the result to `target`.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `target` is then as it was.
+    """
+    with build_aside(tmp, target.suffix) as path:
+        write(path)
+        move_into_place(path, target)
+
+
+def write_json(target: Path, value: Any, tmp: Path) -> None:
+    """Writes `value` as indented JSON with a final newline, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"), tmp)

@@ -1,0 +1,159 @@
+"""Digests of values and files, and a memory of file digests so that nothing is hashed twice.
+
+A digest is 32 hexadecimal characters: the first half of a SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from kdpipe.data.errors import KdpipeError
+
+_DIGEST_CHARS = 32
+_BLOCK_BYTES = 1 << 22
+_RACY_NS = 2_000_000_000
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    return value
+
+
+def digest(value: Any) -> str:
+    """Digest of a value made of dataclasses, mappings, sequences, strings, numbers, booleans and None.
+
+    Mappings are hashed whatever their order; `1` and `1.0` differ.
+    """
+    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return digest_bytes(text.encode())
+
+
+def digest_bytes(data: bytes) -> str:
+    """Digest of raw bytes."""
+    return hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's content, read in blocks of 4 MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            state.update(block)
+    return state.hexdigest()[:_DIGEST_CHARS]
+
+
+class Fingerprints:
+    """File digests remembered by path, size, modification time and inode.
+
+    A file modified within two seconds of being hashed is hashed again next time, as git does with its index:
+    a later write could leave the same size and time stamp.
+
+    Args:
+        memory: SQLite file that keeps the digests between runs; None, or a folder that cannot be written,
+            remembers them for this process only. Paths are kept relative to its folder's parent, so that a
+            run that moves with its data keeps them.
+    """
+
+    def __init__(self, memory: Path | None = None):
+        self._memory = memory
+        self._base = str(memory.parent.parent) if memory is not None else "/"
+        self._known: dict[str, tuple[int, int, int, str]] = {}
+        self._fresh: dict[str, tuple[int, int, int, str]] = {}
+        self._seen: dict[str, tuple[int, int, int, str]] = {}
+        if memory is not None and memory.exists():
+            try:
+                with sqlite3.connect(f"file:{memory}?mode=ro", uri=True, timeout=10) as connection:
+                    rows = connection.execute("SELECT path, size, mtime, inode, digest FROM files")
+                    self._known = {row[0]: tuple(row[1:]) for row in rows}  # type: ignore[misc]
+            except sqlite3.Error:
+                self._known = {}
+
+    @staticmethod
+    def _stat(path: Path | str) -> tuple[int, int, int]:
+        info = os.stat(path)
+        return info.st_size, info.st_mtime_ns, info.st_ino
+
+    def file(self, path: Path) -> str:
+        """Digest of a file's content; read only if size, time or inode differ from what is remembered.
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+        """
+        full = str(path)
+        name = os.path.relpath(full, self._base)
+        stat = self._stat(full)
+        known = self._fresh.get(name) or self._known.get(name)
+        if known is not None and known[:3] == stat:
+            self._seen[full] = known
+            return known[3]
+        value = digest_file(path)
+        if self._stat(full) != stat:
+            raise KdpipeError(f"{path}: changed while it was being read. Run again when it is complete.")
+        entry = (*stat, value)
+        self._seen[full] = entry
+        if time.time_ns() - stat[1] > _RACY_NS:
+            self._fresh[name] = entry
+        return value
+
+    def folder(self, folder: Path, suffixes: Sequence[str]) -> str:
+        """Digest of the files directly in `folder` whose names end in one of `suffixes`, names included.
+
+        Raises:
+            OSError: the folder is missing or cannot be read.
+        """
+        names = sorted(
+            entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(tuple(suffixes))
+        )
+        return digest({name: self.file(folder / name) for name in names})
+
+    def changed(self, paths: Iterable[Path]) -> list[Path]:
+        """Those of `paths` whose size, time or inode differ from when this object saw them, or that are gone."""
+        moved = []
+        for path in paths:
+            seen = self._seen.get(str(path))
+            try:
+                if seen is not None and self._stat(path) != seen[:3]:
+                    moved.append(path)
+            except OSError:
+                moved.append(path)
+        return moved
+
+    def save(self) -> None:
+        """Writes what was learnt to the memory file; a folder that cannot be written is not an error."""
+        if self._memory is None or not self._fresh:
+            return
+        try:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            with sqlite3.connect(self._memory, timeout=30) as connection:
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS files"
+                    " (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, digest TEXT)"
+                )
+                connection.executemany(
+                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
+                    [(name, *entry) for name, entry in self._fresh.items()],
+                )
+            connection.close()
+        except (OSError, sqlite3.Error):
+            return
+        self._known.update(self._fresh)
+        self._fresh.clear()

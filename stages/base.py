@@ -1,0 +1,196 @@
+"""What a stage is, and what it is given.
+
+A stage is a value: its name, an integer version, the stages it reads from, the samples it wants with their
+keys, and a function that makes some of them. Everything here is light; `run` imports what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdpipe.data.errors import KdpipeError, RejectBudgetError
+from kdpipe.data.hashing import Fingerprints, digest
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.manifest import Manifest, Sample, load_manifest
+from kdpipe.stages.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One source of one sample that the configuration asks for.
+
+    Attributes:
+        id: sample id.
+        source: what of the sample this is; see `kdpipe.data.ledger.Row.source`.
+        fields: named digests of everything that could change its bytes.
+        cover: what must be stored beyond the key, e.g. `{"k": 32}`; see `covers`.
+        pending: why the key cannot be known yet (something upstream is not fresh), or None.
+    """
+
+    id: str
+    source: str
+    fields: Mapping[str, str]
+    cover: Mapping[str, Any] = field(default_factory=dict)
+    pending: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Digest of the fields."""
+        return digest(self.fields)
+
+
+def covers(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether what is stored serves what is asked: numbers at least as large, lists a superset."""
+    for name, value in asked.items():
+        have = stored.get(name)
+        if isinstance(value, list | tuple):
+            if have is None or not set(value) <= set(have):
+                return False
+        elif have is None or have < value:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage is given.
+
+    Attributes:
+        config: the validated configuration.
+        base: folder of the configuration file; relative paths in it start here.
+        say: prints one line for the user.
+    """
+
+    config: Config
+    base: Path
+    say: Callable[[str], None] = print
+
+    @cached_property
+    def run_folder(self) -> Path:
+        """Folder of this run's outputs."""
+        return (self.base / self.config.run.folder).resolve()
+
+    @cached_property
+    def cache_folder(self) -> Path:
+        """Folder that holds `textualize/` and `cache-teachers/`."""
+        cache = self.config.run.cache
+        return self.run_folder if cache is None else (self.base / cache).resolve()
+
+    def folder(self, stage: str) -> Path:
+        """Output folder of a stage."""
+        return (self.cache_folder if stage in ("textualize", "cache-teachers") else self.run_folder) / stage
+
+    def tmp(self, stage: str) -> Path:
+        """Folder for unfinished files of a stage, on the same file system as its outputs."""
+        return self.folder(stage).parent / "tmp"
+
+    def ledger(self, stage: str) -> Ledger:
+        """The state of a stage as it is on disk now."""
+        return Ledger(self.folder(stage), self.tmp(stage))
+
+    @cached_property
+    def prints(self) -> Fingerprints:
+        """File digests, remembered in the run folder."""
+        return Fingerprints(self.run_folder / "tmp" / "fingerprints.sqlite")
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest, loaded once."""
+        return load_manifest(self.base / self.config.data.manifest, allow_outside=self.config.data.allow_outside)
+
+    def samples(self, split: str) -> Sequence[Sample]:
+        """Samples of one split, in the manifest's order."""
+        return self.manifest.select(split)
+
+    def recheck(self, samples: Iterable[Sample]) -> None:
+        """Refuses to go on if an input changed since it was hashed; called before a commit.
+
+        Raises:
+            KdpipeError: names the files that changed.
+        """
+        paths = [ref.path for sample in samples for ref in sample.audio if ref.path is not None]
+        changed = self.prints.changed(paths)
+        if changed:
+            names = ", ".join(str(path) for path in changed[:5])
+            raise KdpipeError(
+                f"{names}: changed while the stage was running; nothing made from it was recorded. "
+                "Run the command again."
+            )
+
+
+class Stage(Protocol):
+    """The contract of a stage."""
+
+    name: str
+    version: int
+    needs: tuple[str, ...]
+
+    def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
+        """What the configuration asks of this stage, with keys; `plans` are those of the stages in `needs`."""
+        ...
+
+    def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:
+        """Makes `todo` (never empty, nothing pending) and commits it to the stage's ledger, part by part."""
+        ...
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage's wants held against what lies on disk.
+
+    Attributes:
+        stage: the stage's name.
+        wanted: everything asked for.
+        fresh: (id, source) pairs that the ledger holds under the wanted key.
+        rejected: pairs whose rejection is recorded under the wanted key.
+        todo: wants that are neither, in order.
+        removed: (id, source) pairs on disk that nothing asks for any more.
+        ledger: the ledger they were compared with.
+    """
+
+    stage: str
+    wanted: Sequence[Wanted]
+    fresh: frozenset[tuple[str, str]]
+    rejected: frozenset[tuple[str, str]]
+    todo: Sequence[Wanted]
+    removed: Sequence[tuple[str, str]]
+    ledger: Ledger
+
+
+def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger) -> StagePlan:
+    """Sorts wants into fresh, rejected and to do, by key and coverage."""
+    fresh, rejected, todo = set(), set(), []
+    for want in wanted:
+        pair = (want.id, want.source)
+        if want.pending is None:
+            key = want.key
+            row, reject = ledger.get(*pair), ledger.rejected(*pair)
+            if row is not None and row.key == key and covers(row.cover, want.cover):
+                fresh.add(pair)
+                continue
+            if reject is not None and reject.key == key:
+                rejected.add(pair)
+                continue
+        todo.append(want)
+    asked = {(want.id, want.source) for want in wanted}
+    removed = [(row.id, row.source) for row in ledger.rows() if (row.id, row.source) not in asked]
+    return StagePlan(stage, wanted, frozenset(fresh), frozenset(rejected), todo, removed, ledger)
+
+
+def check_reject_budget(ctx: Context, stage: str, wanted: int, rejected: int) -> None:
+    """Fails a stage, after all good samples are committed, when too many were rejected.
+
+    Raises:
+        RejectBudgetError: the share of rejected samples exceeds `data.max_reject_fraction`.
+    """
+    budget = ctx.config.data.max_reject_fraction
+    if wanted and rejected / wanted > budget:
+        raise RejectBudgetError(
+            f"{stage}: {rejected} of {wanted} samples were rejected, more than data.max_reject_fraction = {budget:g} "
+            f"allows. The good ones are done and kept. Reasons: {ctx.folder(stage) / 'rejects.parquet'}. "
+            "Mend the samples and run again, or raise the budget."
+        )

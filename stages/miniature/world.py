@@ -1,0 +1,242 @@
+"""A small world of tones: clips to hear, questions to reason about, gold descriptions and traces.
+
+A scene is a sequence of 2 to 5 tones out of eight pitches, numbered 1 (lowest) to 8. Each question needs the tones to
+be heard and then one small piece of reasoning: counting, comparing, finding a maximum, or the parity of a sum.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+SAMPLE_RATE = 16_000
+MAX_SECONDS = 3.0
+PITCHES = 8
+MIN_TONES, MAX_TONES = 2, 5
+FREQUENCIES = tuple(220.0 * 2 ** (3 * step / (PITCHES - 1)) for step in range(PITCHES))
+"""Hz of tones 1 to 8: three octaves from 220 to 1760 in equal steps."""
+
+DESCRIBE_PROMPT = "Describe the audio."
+"""User text beside the audio that asks for a description."""
+QUESTION_PROMPT = "{question}\n{choices}"
+"""User text beside the audio that asks for a trace and an answer."""
+TEACHER_PROMPT = "{description}\n{question}\n{choices}"
+"""User text for a text-only teacher, which reads the description instead of hearing the audio."""
+
+TASKS = ("count", "compare", "highest", "parity")
+_COUNTS = ("two", "three", "four", "five")
+_POSITIONS = ("first", "second", "third", "fourth", "fifth")
+_QUESTIONS = {
+    "count": ("How many tones are there?", "How many tones do you hear?", "What is the number of tones?"),
+    "compare": (
+        "Which tone is higher, the first or the last?",
+        "Is the first or the last tone higher?",
+        "Of the first and the last tone, which is higher?",
+    ),
+    "highest": (
+        "Which tone is the highest?",
+        "Which position has the highest tone?",
+        "Where is the highest tone?",
+    ),
+    "parity": (
+        "Is the sum of the tones even or odd?",
+        "Are the tones even or odd in sum?",
+        "Do the tones add up to even or odd?",
+    ),
+}
+_PLANS = {
+    "count": "Count the tones.",
+    "compare": "Compare the first and the last.",
+    "highest": "Find the highest.",
+    "parity": "Add the tones.",
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A sequence of tones, each a number from 1 (lowest) to 8 (highest)."""
+
+    tones: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, with its choices in the order shown and the one that is right."""
+
+    task: str
+    text: str
+    choices: tuple[str, ...]
+    answer: str
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the scene's tone sequence belongs to the test split: one in five, and never taught or trained on."""
+    return zlib.crc32(bytes(scene.tones)) % 5 == 0
+
+
+def sample_question(rng: np.random.Generator, *, held_out: bool, task: str | None = None) -> tuple[Scene, Question]:
+    """Draws a task (unless given), and a scene for which the task has exactly one right answer."""
+    task = task if task is not None else TASKS[rng.integers(len(TASKS))]
+    while True:
+        length = int(rng.integers(MIN_TONES, MAX_TONES + 1))
+        scene = Scene(tuple(int(tone) for tone in rng.integers(1, PITCHES + 1, length)))
+        answer = _answer(scene, task)
+        if answer is not None and is_held_out(scene) == held_out:
+            break
+    templates = _QUESTIONS[task]
+    choices = _choices(scene, task)
+    if task in ("compare", "parity") and rng.integers(2):
+        choices = choices[::-1]
+    return scene, Question(task, templates[rng.integers(len(templates))], choices, answer)
+
+
+def describe(scene: Scene) -> str:
+    """What is heard, in text: `tones: 3 1 4`."""
+    return "tones: " + " ".join(map(str, scene.tones))
+
+
+def trace(scene: Scene, question: Question) -> str:
+    """The gold CoTA trace with its response."""
+    reasoning, summary = _reason(scene, question.task)
+    return (
+        f"<THINK><PLANNING>{_PLANS[question.task]}</PLANNING><CAPTION>{describe(scene)}</CAPTION>"
+        f"<REASONING>{reasoning}</REASONING><SUMMARY>{summary}</SUMMARY></THINK><RESPONSE>{question.answer}</RESPONSE>"
+    )
+
+
+def choices_text(choices: Sequence[str]) -> str:
+    """How choices stand in a prompt: `Choices: even, odd`."""
+    return "Choices: " + ", ".join(choices)
+
+
+def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Synthesizes the scene.
+
+    Tones of 0.3 to 0.5 s with silences of 0.04 to 0.08 s around them; loudness, phase and timbre (strength of two
+    overtones) vary by tone, and light noise lies over all.
+
+    Args:
+        scene: The tones.
+        rng: Source of every variation.
+
+    Returns:
+        Mono samples, float32 `[samples]` in -1 to 1 at 16 kHz, at most 3 s.
+    """
+
+    def silence() -> np.ndarray:
+        return np.zeros(int(rng.uniform(0.04, 0.08) * SAMPLE_RATE))
+
+    pieces = [silence()]
+    for tone in scene.tones:
+        seconds = np.arange(int(rng.uniform(0.3, 0.5) * SAMPLE_RATE)) / SAMPLE_RATE
+        overtones = (1.0, rng.uniform(0, 0.4), rng.uniform(0, 0.2))
+        wave = sum(
+            strength * np.sin(2 * np.pi * order * FREQUENCIES[tone - 1] * seconds + rng.uniform(0, 2 * np.pi))
+            for order, strength in enumerate(overtones, start=1)
+        )
+        ramp = np.minimum(1.0, np.minimum(seconds, seconds[::-1]) / 0.01)
+        pieces += [rng.uniform(0.15, 0.5) * wave * ramp, silence()]
+    samples = np.concatenate(pieces)
+    samples += rng.normal(0, rng.uniform(0.001, 0.01), len(samples))
+    return np.clip(samples, -1, 1).astype(np.float32)
+
+
+def texts(count: int, *, seed: int) -> Iterator[str]:
+    """Texts of this world as the models see them (prompts, descriptions, traces), to train a tokenizer on."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        scene, question = sample_question(rng, held_out=False)
+        choices = choices_text(question.choices)
+        yield f"system\nYou are a helpful assistant.\nuser\nAudio 1: \n{DESCRIBE_PROMPT}\nassistant\n{describe(scene)}"
+        yield TEACHER_PROMPT.format(description=describe(scene), question=question.text, choices=choices)
+        yield trace(scene, question)
+
+
+def make_world(folder: Path, *, n_train: int, n_test: int, seed: int) -> Path:
+    """Writes clips and a manifest.
+
+    One train row in four brings its gold trace in the column `trace`; for the others it is to be written by a teacher.
+    Each row has a clip of its own, and the same seed gives the same bytes.
+
+    Args:
+        folder: Receives `clips/*.wav` (16 kHz, mono, 16 bit) and `manifest.jsonl`.
+        n_train: Rows with split `train`.
+        n_test: Rows with split `test`, of tone sequences that no train row has.
+        seed: Source of all variation.
+
+    Returns:
+        The path of the manifest.
+    """
+    clips = folder / "clips"
+    clips.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for split, split_number, count in (("train", 0, n_train), ("test", 1, n_test)):
+        for index in range(count):
+            rng = np.random.default_rng([seed, split_number, index])
+            scene, question = sample_question(rng, held_out=split == "test", task=TASKS[index % len(TASKS)])
+            name = f"{split}-{index:04d}"
+            soundfile.write(clips / f"{name}.wav", render(scene, rng), SAMPLE_RATE, subtype="PCM_16")
+            row: dict[str, Any] = {
+                "id": name,
+                "audio": f"clips/{name}.wav",
+                "question": question.text,
+                "choices": list(question.choices),
+                "answer": question.answer,
+                "task": question.task,
+                "split": split,
+            }
+            # A stride that is coprime with the number of tasks, so that every task has rows with a trace.
+            if split == "train" and (index + index // len(TASKS)) % 4 == 0:
+                row["trace"] = trace(scene, question)
+            lines.append(json.dumps(row) + "\n")
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(lines), encoding="utf-8")
+    return manifest
+
+
+def _choices(scene: Scene, task: str) -> tuple[str, ...]:
+    if task == "count":
+        return _COUNTS
+    if task == "compare":
+        return ("first", "last")
+    if task == "highest":
+        return _POSITIONS[: len(scene.tones)]
+    return ("even", "odd")
+
+
+def _answer(scene: Scene, task: str) -> str | None:
+    """The right answer, or None where there is none or more than one."""
+    tones = scene.tones
+    if task == "count":
+        return _COUNTS[len(tones) - MIN_TONES]
+    if task == "compare":
+        return None if tones[0] == tones[-1] else ("first" if tones[0] > tones[-1] else "last")
+    if task == "highest":
+        return _POSITIONS[tones.index(max(tones))] if tones.count(max(tones)) == 1 else None
+    return _parity(sum(tones))
+
+
+def _parity(number: int) -> str:
+    return "odd" if number % 2 else "even"
+
+
+def _reason(scene: Scene, task: str) -> tuple[str, str]:
+    """The reasoning and the summary of a gold trace."""
+    tones = scene.tones
+    answer = _answer(scene, task)
+    if task == "count":
+        steps = [f"{tone} {number}" for tone, number in zip(tones, ("one", *_COUNTS), strict=False)]
+        return ", ".join(steps), f"{answer} tones."
+    if task == "compare":
+        return f"first {tones[0]}, last {tones[-1]}", f"{max(tones[0], tones[-1])} is higher."
+    if task == "highest":
+        steps = [f"{position} {tone}" for tone, position in zip(tones, _POSITIONS, strict=False)]
+        return ", ".join(steps), f"{max(tones)} is the highest."
+    sums = np.cumsum(tones)
+    steps = [f"{tone} {_parity(int(total))}" for tone, total in zip(tones, sums, strict=True)]
+    return ", ".join(steps), f"The sum is {answer}."
