@@ -147,6 +147,11 @@ class Ledger:
         self.digest, self._rows, self._rejects = new_digest, new_rows, new_rejects
         self._prune_manifests()
 
+    def lost_parts(self) -> set[str]:
+        """Names of parts that rows point to and that are not on disk any more."""
+        named = {row.part for row in self._rows.values()}
+        return {name for name in named if not (self.parts / name).exists() and not (self.folder / name).exists()}
+
     def unreferenced_parts(self) -> list[Path]:
         """Parts on disk that no row points to (garbage that `kdpipe` may collect)."""
         used = {row.part for row in self._rows.values()}

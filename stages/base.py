@@ -123,18 +123,29 @@ class Context:
 
 
 class Stage(Protocol):
-    """The contract of a stage."""
+    """The contract of a stage.
+
+    Attributes:
+        name: as on the command line; also the name of its folder.
+        version: raised when the same inputs would give other bytes.
+        needs: stages whose outputs it reads.
+        whole: whether its output is made from all samples together (a student) and not sample by sample.
+    """
 
     name: str
     version: int
     needs: tuple[str, ...]
+    whole: bool
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """What the configuration asks of this stage, with keys; `plans` are those of the stages in `needs`."""
         ...
 
     def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:
-        """Makes `todo` (never empty, nothing pending) and commits it to the stage's ledger, part by part."""
+        """Makes `todo` (nothing pending) and commits it to the stage's ledger, part by part.
+
+        A stage that is `whole` makes its output from all that is wanted, whatever `todo` holds.
+        """
         ...
 
 
@@ -145,7 +156,7 @@ class StagePlan:
     Attributes:
         stage: the stage's name.
         wanted: everything asked for.
-        fresh: (id, source) pairs that the ledger holds under the wanted key.
+        fresh: (id, source) pairs that the ledger holds under the wanted key, in a part that is there.
         rejected: pairs whose rejection is recorded under the wanted key.
         todo: wants that are neither, in order.
         removed: (id, source) pairs on disk that nothing asks for any more.
@@ -164,12 +175,13 @@ class StagePlan:
 def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger) -> StagePlan:
     """Sorts wants into fresh, rejected and to do, by key and coverage."""
     fresh, rejected, todo = set(), set(), []
+    lost = ledger.lost_parts()
     for want in wanted:
         pair = (want.id, want.source)
         if want.pending is None:
             key = want.key
             row, reject = ledger.get(*pair), ledger.rejected(*pair)
-            if row is not None and row.key == key and covers(row.cover, want.cover):
+            if row is not None and row.key == key and row.part not in lost and covers(row.cover, want.cover):
                 fresh.add(pair)
                 continue
             if reject is not None and reject.key == key:

@@ -16,7 +16,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 
-def execution(default: Any) -> Any:
+def execution(default: Any = dataclasses.MISSING) -> Any:
     """A field that says how, not what: never part of a key."""
     return dataclasses.field(default=default, metadata={"execution": True})
 
@@ -55,11 +55,11 @@ class ModelConfig:
 class DataConfig:
     """Where the samples come from."""
 
-    manifest: str
-    """JSONL, CSV, Parquet, or a folder written by `datasets.save_to_disk`."""
-    train_split: str = "train"
+    manifest: str = execution()
+    """What is in it counts, not where it lies: JSONL, CSV, Parquet, or a folder written by `datasets.save_to_disk`."""
+    train_split: str = execution("train")
     """Split that is textualized, scored and trained on; rows without a split belong to `train`."""
-    eval_split: str = "test"
+    eval_split: str = execution("test")
     """Split that `kdpipe evaluate` scores."""
     allow_outside: bool = execution(False)
     """Let audio paths leave the manifest's folder."""
@@ -181,6 +181,7 @@ class TextualTeacherConfig:
     """The teacher that reads: description + question, any text model with the student's base vocabulary."""
 
     model: ModelConfig
+    """A text model with the student's base vocabulary."""
     system: str | None = None
     """System message."""
     prompt: str = "{description}\n\n{question}\n{choices}"
@@ -281,6 +282,7 @@ class TrainConfig:
     window_parts: int = bounded(8, 1)
     """Parts whose samples are shuffled together."""
     seed: int = 0
+    """Seeds the order of the samples and everything random in training."""
     checkpoint_steps: int = bounded(200, 1, how=True)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = bounded(2, 1, how=True)
@@ -308,6 +310,7 @@ class EvaluateConfig:
     top_p: float = bounded(0.5, 0.0, 1.0)
     """As in the paper."""
     seed: int = 0
+    """Seeds each sample's sampling, together with its id."""
     part_samples: int = bounded(512, 1, how=True)
     """Answers written and committed together."""
     engine: EngineConfig = EngineConfig()

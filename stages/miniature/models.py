@@ -23,6 +23,7 @@ BPE_SIZE = 432
 """Ordinary ids of the shared BPE."""
 TEACHER_ROWS, QWEN2_AUDIO_ROWS, OMNI_ROWS = 480, 512, 496
 """Rows of the output heads, all beyond the tokenizers' sizes."""
+QWEN2_AUDIO_SECONDS = 30
 MEL_BINS = 80
 HEAD_DIM = 32
 """The smallest head size that vLLM's CPU attention supports."""
@@ -85,7 +86,7 @@ def make_family(folder: Path, *, seed: int = 0, audio_seconds: int = 3) -> Minia
     Args:
         folder: Receives `teacher/`, `qwen2_audio/` and `qwen2_5_omni/`.
         seed: Seed of the weights and the texts.
-        audio_seconds: The longest audio that the audio models hear, in seconds.
+        audio_seconds: The longest audio that the Omni model hears, in seconds (Qwen2-Audio: always 30).
 
     Returns:
         Paths and tokenizer sizes.
@@ -95,9 +96,7 @@ def make_family(folder: Path, *, seed: int = 0, audio_seconds: int = 3) -> Minia
     audio_tokenizer = tokens.train_tokenizer(texts, BPE_SIZE, tokens.AUDIO_SPECIALS)
     return Miniatures(
         teacher=make_qwen3(folder / "teacher", tokenizer=text_tokenizer, seed=seed),
-        qwen2_audio=make_qwen2_audio(
-            folder / "qwen2_audio", tokenizer=audio_tokenizer, audio_seconds=audio_seconds, seed=seed + 1
-        ),
+        qwen2_audio=make_qwen2_audio(folder / "qwen2_audio", tokenizer=audio_tokenizer, seed=seed + 1),
         qwen2_5_omni=make_qwen2_5_omni(
             folder / "qwen2_5_omni", tokenizer=audio_tokenizer, audio_seconds=audio_seconds, seed=seed + 2
         ),
@@ -159,13 +158,15 @@ def make_qwen2_audio(
     tokenizer: "PreTrainedTokenizerFast",
     hidden: int = 128,
     layers: int = 4,
-    encoder_hidden: int = 96,
+    encoder_hidden: int = 64,
     encoder_layers: int = 2,
     rows: int = QWEN2_AUDIO_ROWS,
-    audio_seconds: int = 3,
     seed: int = 0,
 ) -> Path:
     """Writes an untaught `Qwen2AudioForConditionalGeneration` with its processor, under the published weight names.
+
+    Its window is 30 s as published, since vLLM takes no other: it checks for 3000 mel frames. So every clip costs the
+    encoder 1500 positions, however short it is.
 
     Args:
         folder: Receives the model.
@@ -175,7 +176,6 @@ def make_qwen2_audio(
         encoder_hidden: Width of the audio encoder.
         encoder_layers: Depth of the audio encoder.
         rows: Rows of embedding and output head, at least the tokenizer's size.
-        audio_seconds: The longest audio in seconds; 25 audio tokens each.
         seed: Seed of the weights.
 
     Returns:
@@ -190,7 +190,7 @@ def make_qwen2_audio(
         audio_config={
             **_encoder(encoder_hidden, encoder_layers),
             "model_type": "qwen2_audio_encoder",
-            "max_source_positions": 50 * audio_seconds,
+            "max_source_positions": 50 * QWEN2_AUDIO_SECONDS,
         },
         text_config={
             **_text_stack(hidden, layers, _check_rows(rows, tokenizer)),
@@ -204,7 +204,7 @@ def make_qwen2_audio(
     model = Qwen2AudioForConditionalGeneration(config)
     _save_model(model, folder, tokenizer, rename=_qwen2_audio_name)
     processor = Qwen2AudioProcessor(
-        feature_extractor=_feature_extractor(audio_seconds),
+        feature_extractor=_feature_extractor(QWEN2_AUDIO_SECONDS),
         tokenizer=tokenizer,
         chat_template=_QWEN2_AUDIO_TEMPLATE,
     )
@@ -383,7 +383,7 @@ def _save_model(
 
 
 def _save_processor(processor: "ProcessorMixin", folder: Path, other: dict[str, Any]) -> None:
-    """Writes tokenizer, chat template and, as published folders have it, one `preprocessor_config.json` for all media."""
+    """Writes tokenizer, chat template and, as published folders have it, one `preprocessor_config.json`."""
     processor.save_pretrained(folder)
     (folder / "processor_config.json").unlink()
     fields = {**other, **processor.feature_extractor.to_dict(), "processor_class": type(processor).__name__}

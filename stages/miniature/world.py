@@ -114,7 +114,7 @@ def choices_text(choices: Sequence[str]) -> str:
     return "Choices: " + ", ".join(choices)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Synthesizes the scene.
 
     Tones of 0.3 to 0.5 s with silences of 0.04 to 0.08 s around them; loudness, phase and timbre (strength of two
@@ -125,25 +125,32 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         rng: Source of every variation.
 
     Returns:
-        Mono samples, float32 `[samples]` in -1 to 1 at 16 kHz, at most 3 s.
+        Mono samples, float32 `[samples]` in -1 to 1 at 16 kHz, at most 3 s; and the number of the tone that sounds at
+        each sample, int64 `[samples]`, 0 in silence.
     """
+    pieces, numbers = [], []
+
+    def add(wave: np.ndarray, number: int) -> None:
+        pieces.append(wave)
+        numbers.append(np.full(len(wave), number))
 
     def silence() -> np.ndarray:
         return np.zeros(int(rng.uniform(0.04, 0.08) * SAMPLE_RATE))
 
-    pieces = [silence()]
+    add(silence(), 0)
     for tone in scene.tones:
         seconds = np.arange(int(rng.uniform(0.3, 0.5) * SAMPLE_RATE)) / SAMPLE_RATE
         overtones = (1.0, rng.uniform(0, 0.4), rng.uniform(0, 0.2))
-        wave = sum(
-            strength * np.sin(2 * np.pi * order * FREQUENCIES[tone - 1] * seconds + rng.uniform(0, 2 * np.pi))
-            for order, strength in enumerate(overtones, start=1)
-        )
+        phases = rng.uniform(0, 2 * np.pi, len(overtones))
+        wave = np.zeros(len(seconds))
+        for order, (strength, phase) in enumerate(zip(overtones, phases, strict=True), start=1):
+            wave += strength * np.sin(2 * np.pi * order * FREQUENCIES[tone - 1] * seconds + phase)
         ramp = np.minimum(1.0, np.minimum(seconds, seconds[::-1]) / 0.01)
-        pieces += [rng.uniform(0.15, 0.5) * wave * ramp, silence()]
+        add(rng.uniform(0.15, 0.5) * wave * ramp, tone)
+        add(silence(), 0)
     samples = np.concatenate(pieces)
     samples += rng.normal(0, rng.uniform(0.001, 0.01), len(samples))
-    return np.clip(samples, -1, 1).astype(np.float32)
+    return np.clip(samples, -1, 1).astype(np.float32), np.concatenate(numbers)
 
 
 def texts(count: int, *, seed: int) -> Iterator[str]:
@@ -180,7 +187,7 @@ def make_world(folder: Path, *, n_train: int, n_test: int, seed: int) -> Path:
             rng = np.random.default_rng([seed, split_number, index])
             scene, question = sample_question(rng, held_out=split == "test", task=TASKS[index % len(TASKS)])
             name = f"{split}-{index:04d}"
-            soundfile.write(clips / f"{name}.wav", render(scene, rng), SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(clips / f"{name}.wav", render(scene, rng)[0], SAMPLE_RATE, subtype="PCM_16")
             row: dict[str, Any] = {
                 "id": name,
                 "audio": f"clips/{name}.wav",

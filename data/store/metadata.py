@@ -1,0 +1,111 @@
+"""The metadata of a part as plain JSON: what it says, whether it is whole, and the ledger rows in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdpipe.data.errors import StoreError
+from kdpipe.data.hashing import digest
+from kdpipe.data.ledger import Row
+from kdpipe.data.store.format import ATTRIBUTE, FORMAT, OFFSETS
+
+_FILE = "zarr.json"
+
+
+def damaged(part: Path, what: str) -> StoreError:
+    """The error for a part that cannot be trusted, with its remedy."""
+    return StoreError(
+        f"{what}. Remove the part folder {part} and run `kdpipe cache-teachers`: only its samples are computed again."
+    )
+
+
+def metadata_digest(part: Path) -> str:
+    """Digest of every `zarr.json` of a part, but for the digest itself that stands in the first.
+
+    Array data carry checksums of their own; this covers the rest.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is not JSON.
+    """
+    root = json.loads((part / _FILE).read_bytes())
+    root["attributes"][ATTRIBUTE].pop("metadata", None)
+    folders = {OFFSETS}
+    for name in root["attributes"][ATTRIBUTE]["arrays"]:
+        steps = name.split("/")
+        folders.update("/".join(steps[:depth]) for depth in range(1, len(steps) + 1))
+    return digest([root, {name: json.loads((part / name / _FILE).read_bytes()) for name in sorted(folders)}])
+
+
+def load_attributes(part: Path) -> dict[str, Any]:
+    """What kdpipe says about a part: its `kdpipe` attribute, proven whole.
+
+    Raises:
+        StoreError: the part is missing, damaged, not of kdpipe, or of another format version.
+    """
+    file = part / _FILE
+    try:
+        attributes = json.loads(file.read_bytes())["attributes"][ATTRIBUTE]
+        version = attributes["format"]
+    except FileNotFoundError:
+        raise damaged(part, f"{file}: missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(part, f"{file}: not the metadata of a part ({error!r})") from None
+    if version != FORMAT:
+        raise damaged(part, f"{file}: written in format {version}, and this kdpipe reads format {FORMAT}")
+    try:
+        found = metadata_digest(part)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(part, f"{part}: its metadata cannot be read ({error!r})") from None
+    if found != attributes.get("metadata"):
+        raise damaged(part, f"{file} or a {_FILE} below it: damaged (the digest of the metadata does not match)")
+    return attributes
+
+
+def part_rows(part: Path, name: str | None = None) -> list[Row]:
+    """The ledger rows of a finished part, made from its metadata alone.
+
+    A stage commits exactly these, so that a ledger rebuilt from parts is the ledger that was lost.
+
+    Args:
+        part: folder of the part.
+        name: its name below `parts/`; None: the folder's name.
+
+    Raises:
+        StoreError: see `load_attributes`.
+    """
+    attributes = load_attributes(part)
+    rows = []
+    for place, unit in enumerate(attributes["units"]):
+        for sample in unit.get("samples", [{}]):
+            entry = {**unit, **sample}
+            rows.append(
+                Row(
+                    id=entry["id"],
+                    source=attributes["source"],
+                    key=entry["key"],
+                    fields=entry.get("fields", {}),
+                    part=name or part.name,
+                    row=place,
+                    tokens=entry["tokens"],
+                    length=entry.get("length", 0),
+                    content=entry.get("content", ""),
+                    cover=entry.get("cover", {}),
+                )
+            )
+    return rows
+
+
+def rows_from_parts(parts: Path) -> list[Row]:
+    """The ledger rows of all parts in a folder, for a ledger that was lost.
+
+    Where several parts hold the same sample the newest comes last, so that committing the list in order keeps it.
+
+    Raises:
+        StoreError: a part is damaged.
+    """
+    found = [path for path in parts.glob("*.zarr") if path.is_dir()]
+    found.sort(key=lambda path: ((path / _FILE).stat().st_mtime_ns if (path / _FILE).exists() else 0, path.name))
+    return [row for path in found for row in part_rows(path)]

@@ -1,0 +1,117 @@
+"""Looks at everything that can be wrong before any model is loaded, and reports all of it at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kdpipe.data.errors import ConfigError, KdpipeError, ManifestError
+from kdpipe.stages.base import Context
+from kdpipe.stages.cache_teachers.layers import layer_map
+from kdpipe.stages.config import ModelConfig
+from kdpipe.stages.models.folder import ModelFolder, resolve
+from kdpipe.stages.models.vocabulary import Alignment, align, load_vocabulary
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `kdpipe check` prints when nothing is wrong: one line each."""
+
+    lines: tuple[str, ...]
+
+
+def check(ctx: Context, *, download: bool = False) -> Findings:
+    """Checks the manifest, the models' folders, their vocabularies and the layer map.
+
+    Args:
+        ctx: the run.
+        download: fetch hub models that are not in the local cache.
+
+    Raises:
+        ConfigError: all problems found.
+    """
+    problems: list[str] = []
+    lines: list[str] = []
+
+    @contextmanager
+    def gather() -> Iterator[None]:
+        try:
+            yield
+        except (ConfigError, ManifestError) as error:
+            problems.extend(error.problems)
+        except KdpipeError as error:
+            problems.append(str(error))
+
+    def inspect(key: str, settings: ModelConfig, *, hears: bool | None) -> ModelFolder | None:
+        with gather():
+            folder = resolve(settings, ctx.base, download=download)
+            lines.append(f"{key}: {folder.name}: {folder.family}, {folder.layers} layers, width {folder.width}")
+            if not any(folder.path.glob("*.safetensors")):
+                problems.append(
+                    f"{key}: {folder.path} has no *.safetensors. kdpipe loads no pickled weights; convert them."
+                )
+            if hears is not None and folder.hears != hears:
+                want, got = ("an audio", "a text") if hears else ("a text", "an audio")
+                problems.append(f"{key}: {folder.name} is {got} model; name {want} model.")
+            return folder
+        return None
+
+    with gather():
+        _check_samples(ctx, problems, lines)
+    config = ctx.config
+    student = inspect("student.model", config.student.model, hears=True)
+    if config.textualize.describe.model is not None:
+        inspect("textualize.describe.model", config.describer, hears=True)
+    if config.textualize.trace.model is not None:
+        inspect("textualize.trace.model", config.tracer, hears=None)
+    teacher = inspect("teachers.textual.model", config.teachers.textual.model, hears=False)
+    acoustic = student
+    if config.teachers.acoustic.model is not None:
+        acoustic = inspect("teachers.acoustic.model", config.acoustic, hears=True)
+    if student is not None and teacher is not None:
+        with gather():
+            shared = _vocabulary(student, teacher)
+            lines.append(
+                f"vocabulary: ids below {shared.valid} shared, {len(shared.masked)} of them masked; "
+                f"{student.head_rows} rows in the student's head, {teacher.head_rows} in the teacher's"
+            )
+        with gather():
+            layers = layer_map(config.layers, student.layers, teacher.layers)
+            text = ", ".join(f"{ours}->{theirs}" for ours, theirs in layers.items())
+            lines.append(f"layers (student->teacher): {text or 'top only'}")
+    if student is not None and acoustic is not None:
+        ours, theirs = (f"{model.layers} layers of width {model.width}" for model in (student, acoustic))
+        if ours != theirs:
+            problems.append(
+                f"teachers.acoustic.model: {acoustic.name} has {theirs}, the student {ours}; "
+                "name a snapshot of the student."
+            )
+    if problems:
+        raise ConfigError(problems)
+    return Findings(tuple(lines))
+
+
+def _vocabulary(student: ModelFolder, teacher: ModelFolder) -> Alignment:
+    ours, theirs = (load_vocabulary(folder.path, folder.name) for folder in (student, teacher))
+    return align(ours, theirs, student.head_rows, teacher.head_rows)
+
+
+def _check_samples(ctx: Context, problems: list[str], lines: list[str]) -> None:
+    data = ctx.config.data
+    samples = ctx.manifest.samples
+    splits = Counter(sample.split or "train" for sample in samples)
+    lines.append(f"manifest: {len(samples)} samples ({', '.join(f'{name} {n}' for name, n in splits.most_common())})")
+    for key, name in (("data.train_split", data.train_split), ("data.eval_split", data.eval_split)):
+        if name not in splits:
+            close = difflib.get_close_matches(name, list(splits), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(
+                f"{key}: no sample of the manifest is in split {name!r} (there are {', '.join(splits)}){hint}"
+            )
+    wanted = [sample for sample in samples if (sample.split or "train") in (data.train_split, data.eval_split)]
+    missing = [str(ref.path) for s in wanted for ref in s.audio if ref.path is not None and not ref.path.exists()]
+    if missing:
+        lines.append(f"manifest: {len(missing)} audio files are missing and will be rejected, first {missing[0]}")

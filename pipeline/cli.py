@@ -1,0 +1,224 @@
+"""The command line. Only click is imported at the top: `--help` must answer at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.plan import StageStatus
+    from kdpipe.pipeline.runner import Request
+
+
+class _Group(click.Group):
+    """Prints errors of the user's without a traceback and ends with the right status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from kdpipe.data.errors import KdpipeError
+
+        try:
+            return super().invoke(ctx)
+        except KdpipeError as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            head = f"Error: {len(lines)} problems:\n  " if len(lines) > 1 else "Error: "
+            click.echo(head + "\n  ".join(lines), err=True)
+            sys.exit(2)
+        except OSError as error:
+            click.echo(f"Error: {error}. What was committed is kept; mend it and run the command again.", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="kdpipe")
+def main() -> None:
+    """Teach audio language models to reason, from files.
+
+    Large teachers say once, on disk, what they know about your audio questions; a smaller audio model is then
+    trained from those files at the price of ordinary fine-tuning.
+
+    \b
+        kdpipe init              writes kdpipe.yaml, commented
+        kdpipe check             finds every mistake in it
+        kdpipe run               does what is not done yet
+        kdpipe status            says what is stale, and why
+
+    Only what is stale runs again, sample by sample.
+    """
+
+
+def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override one setting, e.g. --set train.epochs=1.",
+    )(command)
+    return click.option(
+        "-c",
+        "--config",
+        "config_file",
+        default="kdpipe.yaml",
+        show_default=True,
+        type=click.Path(path_type=Path),
+        help="The configuration file; paths in it start from its folder.",
+    )(command)
+
+
+def _request(config_file: Path, overrides: tuple[str, ...]) -> Request:
+    from kdpipe.pipeline.runner import Request
+
+    return Request(config_file, overrides)
+
+
+@main.command()
+@click.argument("file", default="kdpipe.yaml", type=click.Path(path_type=Path))
+@click.option("--recipe", default="acoustic", show_default=True, help="One of the paper's settings; see below.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+def init(file: Path, recipe: str, force: bool) -> None:
+    """Write a commented starter configuration to FILE.
+
+    Recipes are the rows of the paper's table: sft (cross-entropy only), top (textual teacher's last layer),
+    skip (one layer in seven), all (every layer), acoustic (every layer and the acoustic teacher).
+    """
+    from kdpipe.pipeline.starter import write_starter
+
+    write_starter(file, recipe, force=force)
+    click.echo(f"Wrote {file}. Set data.manifest and the models in it, then run `kdpipe check -c {file}`.")
+
+
+@main.command()
+@_with_config
+def check(config_file: Path, overrides: tuple[str, ...]) -> None:
+    """Find every mistake in configuration, manifest and models.
+
+    Reads the manifest, the models' config.json and their tokenizers; loads no weights and runs nothing. All
+    problems are reported at once, each with its line and its remedy.
+    """
+    from kdpipe.pipeline.check import check as run_check
+
+    for line in run_check(_request(config_file, overrides).context()).lines:
+        click.echo(line)
+    click.echo("No problems found.")
+
+
+def _stage_command(name: str, text: str) -> None:
+    @main.command(name, help=text)
+    @_with_config
+    @click.option("--only", is_flag=True, help="Refuse, instead of running them, when earlier stages are not fresh.")
+    @click.option("--dry-run", is_flag=True, help="Print what would run and why; run nothing.")
+    def command(config_file: Path, overrides: tuple[str, ...], only: bool, dry_run: bool) -> None:
+        _bring(config_file, overrides, name, only=only, dry_run=dry_run)
+
+
+_stage_command(
+    "textualize",
+    "Write each clip's description and reasoning trace (vLLM).\n\n"
+    "Traces that the manifest brings are parsed and checked instead. Samples that fail are recorded with a reason in "
+    "textualize/rejects.parquet.",
+)
+_stage_command(
+    "cache-teachers",
+    "Keep on disk what the teachers say of the traces.\n\n"
+    "The textual teacher reads description and question, the acoustic teacher hears the clip; both score the same "
+    "token ids. Distributions and hidden states go to Zarr v3 parts. Runs textualize first where needed.",
+)
+_stage_command(
+    "train",
+    "Train the student from the teachers' files.\n\n"
+    "No teacher is loaded. Continues from the last checkpoint of the same configuration and data. Writes "
+    "train/metrics.jsonl and a Hugging Face folder, train/student, that transformers and vLLM load. Runs earlier "
+    "stages first where needed.",
+)
+_stage_command(
+    "evaluate",
+    "Score the student beside the untouched model (vLLM).\n\n"
+    "Answers data.eval_split, writes evaluate/predictions.parquet and evaluate/scores.json. Runs earlier stages first "
+    "where needed.",
+)
+
+
+@main.command()
+@_with_config
+@click.option("--dry-run", is_flag=True, help="Print what would run and why; run nothing.")
+def run(config_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Bring everything up to date, evaluation included."""
+    _bring(config_file, overrides, "evaluate", only=False, dry_run=dry_run)
+
+
+def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: bool, dry_run: bool) -> None:
+    from kdpipe.pipeline.runner import StageFailed, bring_up_to_date
+
+    request = _request(config_file, overrides)
+    if dry_run:
+        from kdpipe.pipeline.check import check as run_check
+        from kdpipe.pipeline.plan import make_plans, status_of
+
+        ctx = request.context()
+        run_check(ctx)
+        statuses = [status_of(plan) for plan in make_plans(ctx, target).values()]
+        _print_table([status for status in statuses if status.state != "fresh"] or statuses)
+        return
+    try:
+        ran = bring_up_to_date(request, target, only=only)
+    except StageFailed as failure:
+        if failure.code != 130:
+            click.echo(f"Error: {failure}.", err=True)
+        sys.exit(failure.code)
+    click.echo("Done." if ran else "Everything is fresh; nothing to do.")
+
+
+@main.command()
+@_with_config
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def status(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what is fresh, what is stale, and why.
+
+    Ends with status 0 when everything is fresh and 1 when not.
+    """
+    from kdpipe.pipeline.plan import make_plans, status_of
+
+    statuses = [status_of(plan) for plan in make_plans(_request(config_file, overrides).context()).values()]
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"stages": [status.as_json() for status in statuses]}, indent=2, ensure_ascii=False))
+    else:
+        _print_table(statuses)
+        unfinished = [status.name for status in statuses if status.state != "fresh"]
+        if unfinished:
+            click.echo(f"\nNext: kdpipe {unfinished[0]} -c {config_file}   (or `kdpipe run` for all)")
+    sys.exit(0 if all(status.state == "fresh" for status in statuses) else 1)
+
+
+def _print_table(statuses: list[StageStatus]) -> None:
+    color = {"fresh": "green", "partial": "yellow", "stale": "yellow", "missing": "red"}
+    click.echo(f"{'stage':<15}{'state':<9}{'samples':>9}{'fresh':>9}{'stale':>9}{'rejected':>10}")
+    for status in statuses:
+        state = click.style(f"{status.state:<9}", fg=color[status.state])
+        click.echo(f"{status.name:<15}{state}{status.total:>9}{status.fresh:>9}{status.stale:>9}{status.rejected:>10}")
+        for reason in status.reasons:
+            click.echo(f"    {reason}")
+
+
+@main.command()
+@click.option(
+    "--folder", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Where the demo is built."
+)
+def demo(folder: Path) -> None:
+    """Do the whole thing in miniature, on this machine.
+
+    Makes a small world of tone sequences with questions, teaches miniature models (a Qwen3 teacher and a Qwen2-Audio
+    student) just enough, then textualizes, caches, trains twice (fine-tuning only, and distillation) and evaluates.
+    Leaves FOLDER/kdpipe.yaml for every other command to be tried on.
+    """
+    from kdpipe.pipeline.demo import run_demo
+
+    run_demo(folder)

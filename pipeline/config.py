@@ -1,0 +1,222 @@
+"""From YAML to the frozen configuration, every mistake at once.
+
+A mistake names the file, the line, the key and the remedy. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from kdpipe.data.cota import TraceSchema
+from kdpipe.data.errors import ConfigError
+from kdpipe.pipeline.strict_yaml import Node, parse, plain
+from kdpipe.stages import config as schema
+from kdpipe.stages.config import Config
+from kdpipe.stages.models.prompt import unknown_fields
+
+_PROMPT_FIELDS = {
+    "student.prompt": ("question", "choices"),
+    "textualize.describe.prompt": ("question", "choices"),
+    "textualize.trace.prompt": ("description", "question", "choices"),
+    "teachers.textual.prompt": ("description", "question", "choices"),
+}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads and validates a configuration file.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` texts of `--set`, values in YAML.
+
+    Raises:
+        ConfigError: all problems found, each with its line (or its `--set`), key and remedy.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file. `kdpipe init` writes a starter; -c names another."]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})."]) from None
+    name = path.name
+    root = parse(text, name)
+    if not isinstance(root.value, Mapping):
+        raise ConfigError([f"{name}:1: the configuration must be a mapping of sections, like `data:`"])
+    problems: list[str] = []
+    for override in overrides:
+        root = _override(root, override, problems)
+    config = _bind(Config, root, "", name, problems)
+    if isinstance(config, Config) and not problems:
+        problems += [f"{name}: {text}" for text in _relations(config)]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _override(root: Node, override: str, problems: list[str]) -> Node:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        problems.append(f"--set {override}: write section.key=value")
+        return root
+    try:
+        value = parse(text, f"--set {key}", line=0) if text.strip() else Node(None, 0)
+    except ConfigError as error:
+        problems += error.problems
+        return root
+
+    def put(node: Node, rest: list[str]) -> Node:
+        below = dict(node.value) if isinstance(node.value, Mapping) else {}
+        below[rest[0]] = value if len(rest) == 1 else put(below.get(rest[0], Node({}, 0)), rest[1:])
+        return Node(below, node.line)
+
+    return put(root, parts)
+
+
+def _where(name: str, node: Node) -> str:
+    return f"{name}:{node.line}" if node.line else "--set"
+
+
+def _bind(kind: Any, node: Node, key: str, name: str, problems: list[str]) -> Any:
+    """Builds a value of type `kind`; on a mistake records it and returns None."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if node.value is None and type(None) in arguments:
+            return None
+        (inner,) = [argument for argument in arguments if argument is not type(None)]
+        return _bind(inner, node, key, name, problems)
+    if dataclasses.is_dataclass(kind):
+        return _bind_section(typing.cast(type, kind), node, key, name, problems)
+    at = f"{_where(name, node)}: {key}"
+    if origin is Literal:
+        if node.value in arguments and isinstance(node.value, str):
+            return node.value
+        problems.append(
+            f"{at}: {_show(node)} is none of {', '.join(map(str, arguments))}{_hint(node.value, arguments)}"
+        )
+        return None
+    if origin is tuple:
+        if isinstance(node.value, list):
+            return tuple(_bind(arguments[0], item, f"{key}[{i}]", name, problems) for i, item in enumerate(node.value))
+        problems.append(f"{at}: expected a list, got {_show(node)}; write [{_show(node)}]")
+        return None
+    if origin is Mapping or kind is Mapping:
+        return _bind_mapping(arguments, node, key, name, problems)
+    value = node.value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{at}: must be a finite number")
+        return None
+    if type(value) is kind:
+        return value
+    words = {str: "text (quote it)", int: "a whole number", float: "a number", bool: "true or false"}
+    problems.append(f"{at}: expected {words[kind]}, got {_show(node)}")
+    return None
+
+
+def _bind_mapping(arguments: tuple[Any, ...], node: Node, key: str, name: str, problems: list[str]) -> Any:
+    at = f"{_where(name, node)}: {key}"
+    if not isinstance(node.value, Mapping):
+        problems.append(f"{at}: expected a mapping, got {_show(node)}")
+        return None
+    if arguments[1] is Any:
+        return {k: plain(v) for k, v in node.value.items()}
+    result = {}
+    for text, item in node.value.items():
+        if not text.isdigit():
+            problems.append(f"{_where(name, item)}: {key}.{text}: expected a whole number as key")
+            continue
+        result[int(text)] = _bind(arguments[1], item, f"{key}.{text}", name, problems)
+    return result
+
+
+def _bind_section(kind: type, node: Node, key: str, name: str, problems: list[str]) -> Any:
+    at = _where(name, node)
+    if kind is schema.ModelConfig and isinstance(node.value, str):
+        node = Node({"path": node}, node.line)
+    if node.value is None:
+        node = Node({}, node.line)
+    if not isinstance(node.value, Mapping):
+        problems.append(f"{at}: {key}: expected a section with keys, got {_show(node)}")
+        return None
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    before = len(problems)
+    values = {}
+    for word, item in node.value.items():
+        full = f"{key}.{word}" if key else word
+        if word not in fields:
+            problems.append(f"{_where(name, item)}: {full} is not a known key{_hint(word, fields)}")
+            continue
+        value = _bind(hints[word], item, full, name, problems)
+        problems += _out_of_bounds(fields[word], value, f"{_where(name, item)}: {full}")
+        values[word] = value
+    for word, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and word not in node.value:
+            problems.append(f"{at}: {f'{key}.{word}' if key else word} is missing")
+    return kind(**values) if len(problems) == before else None
+
+
+def _out_of_bounds(field: dataclasses.Field[Any], value: Any, at: str) -> list[str]:
+    low, high = field.metadata.get("low"), field.metadata.get("high")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return []
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        return [f"{at}: {value:g} is out of range; it must be {bounds}"]
+    return []
+
+
+def _show(node: Node) -> str:
+    if isinstance(node.value, Mapping):
+        return "a mapping"
+    return "a list" if isinstance(node.value, list) else repr(node.value) if node.value is not None else "nothing"
+
+
+def _hint(word: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _relations(config: Config) -> list[str]:
+    """Mistakes that need more than one field to see."""
+    problems = []
+    for key, allowed in _PROMPT_FIELDS.items():
+        section: Any = config
+        for part in key.split("."):
+            section = getattr(section, part)
+        for unknown in unknown_fields(section, allowed):
+            problems.append(f"{key}: {{{unknown}}} is not a field; known are {', '.join(allowed)}")
+    teachers, train = config.teachers, config.train
+    temperatures = {1.0, *teachers.temperatures}
+    if any(not 0.01 <= t <= 100 for t in teachers.temperatures):
+        problems.append("teachers.temperatures: each must be from 0.01 to 100")
+    if train.temperature not in temperatures:
+        problems.append(
+            f"train.temperature {train.temperature:g} is not cached; add it to teachers.temperatures "
+            f"({', '.join(f'{t:g}' for t in sorted(temperatures))})"
+        )
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        problems.append("train.betas: give two numbers, each at least 0 and below 1")
+    if not any(dataclasses.astuple(train.weights)):
+        problems.append("train.weights: all are zero, so nothing would be learnt; set at least one")
+    if config.layers.mode == "map" and not config.layers.map:
+        problems.append("layers.map: mode is map, so give at least one `student layer: teacher layer`")
+    if config.layers.mode != "map" and config.layers.map:
+        problems.append(f"layers.map: is given but layers.mode is {config.layers.mode}; set layers.mode: map")
+    if train.micro_batch_tokens > train.global_batch_tokens:
+        problems.append("train.micro_batch_tokens: larger than train.global_batch_tokens; lower it")
+    try:
+        TraceSchema(config.textualize.trace.sections)
+    except ValueError as error:
+        problems.append(f"textualize.trace.sections: {error}")
+    return problems

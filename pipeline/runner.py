@@ -1,0 +1,158 @@
+"""Brings stages up to date, each in a process of its own, so that its memory is gone before the next starts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from kdpipe.data.errors import KdpipeError, StaleError
+from kdpipe.data.files import remove, write_atomically
+from kdpipe.data.hashing import digest
+from kdpipe.pipeline.check import check
+from kdpipe.pipeline.config import load_config
+from kdpipe.pipeline.lock import hold
+from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, make_plans, status_of, upstream
+from kdpipe.stages.base import Context, StagePlan, check_reject_budget
+from kdpipe.stages.config import identity_of
+
+
+class StageFailed(Exception):
+    """A stage process ended with an error that it has printed itself.
+
+    Attributes:
+        code: its exit status (128 + signal number for a signal).
+    """
+
+    def __init__(self, stage: str, code: int):
+        self.code = code
+        super().__init__(f"{stage} ended with exit status {code}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for.
+
+    Attributes:
+        config_file: the configuration file.
+        overrides: texts of `--set`.
+    """
+
+    config_file: Path
+    overrides: tuple[str, ...] = ()
+
+    def context(self) -> Context:
+        """Loads the configuration anew.
+
+        Raises:
+            ConfigError: all its mistakes.
+        """
+        return Context(load_config(self.config_file, self.overrides), self.config_file.resolve().parent)
+
+
+def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bool:
+    """Runs `target` and, before it, every stage it needs that is not fresh.
+
+    Args:
+        request: configuration file and overrides.
+        target: stage name.
+        only: refuse instead of running an upstream stage.
+
+    Returns:
+        Whether anything ran.
+
+    Raises:
+        StaleError: `only`, and something upstream is not fresh.
+        RejectBudgetError: too many samples of a stage were rejected.
+        StageFailed: a stage process failed.
+    """
+    ctx = request.context()
+    check(ctx, download=True)
+    ran = False
+    with hold([ctx.run_folder, ctx.cache_folder]) as locks:
+        _clean_tmp(ctx)
+        for name in upstream(target):
+            plan = make_plans(request.context(), name)[name]
+            if has_work(plan):
+                if only and name != target:
+                    status = status_of(plan)
+                    raise StaleError(
+                        f"{name} is {status.state}, and --only was given: {'; '.join(status.reasons)}. "
+                        f"Run `kdpipe {name}` first, or leave --only out."
+                    )
+                print(_headline(status_of(plan)), flush=True)
+                _run_stage(request, name, locks)
+                ran = True
+                plan = make_plans(request.context(), name)[name]
+            _check_budget(ctx, plan)
+            if has_work(plan):
+                raise KdpipeError(
+                    f"{name} ran, but is not fresh: {'; '.join(status_of(plan).reasons)}. "
+                    "An input changed meanwhile; run the command again."
+                )
+        _write_lock_file(request.context())
+    return ran
+
+
+def _headline(status: StageStatus) -> str:
+    return f"{status.name}: {status.stale} of {status.total} samples to do ({'; '.join(status.reasons)})"
+
+
+def _check_budget(ctx: Context, plan: StagePlan) -> None:
+    if STAGES[plan.stage].whole:
+        return
+    rejected = len({sample for sample, _ in plan.rejected})
+    check_reject_budget(ctx, plan.stage, len({want.id for want in plan.wanted}), rejected)
+
+
+def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
+    command = [sys.executable, "-m", "kdpipe.pipeline.worker", name, str(request.config_file), *request.overrides]
+    process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        # Ctrl-C reaches the stage by itself, being in the same process group; a SIGTERM does not.
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code:
+        raise StageFailed(name, code if code > 0 else 128 - code)
+
+
+def _write_lock_file(ctx: Context) -> None:
+    """Writes `kdpipe.lock`: what each stage was made from, in a form made for git diffs."""
+    import yaml
+
+    plans = make_plans(ctx)
+    stages = {}
+    for name, plan in plans.items():
+        status = status_of(plan)
+        rows = sorted((row.id, row.source, row.key) for row in plan.ledger.rows())
+        stages[name] = {
+            "version": STAGES[name].version,
+            "state": status.state,
+            "samples": {"total": status.total, "fresh": status.fresh, "rejected": status.rejected},
+            "keys": digest(rows),
+        }
+    document = {"format": 1, "configuration": digest(identity_of(ctx.config)), "stages": stages}
+    text = "# Written by kdpipe; keep it in version control.\n" + yaml.safe_dump(document, sort_keys=False)
+    target = ctx.run_folder / "kdpipe.lock"
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"), ctx.run_folder / "tmp")
+
+
+def _clean_tmp(ctx: Context) -> None:
+    """Removes what killed runs left unfinished in the temporary folders; called under the lock."""
+    for folder in {ctx.run_folder / "tmp", ctx.cache_folder / "tmp"}:
+        for path in folder.glob("*"):
+            if not path.name.startswith("fingerprints.sqlite"):
+                remove(path)

@@ -1,0 +1,47 @@
+"""The process of one stage: `python -m kdpipe.pipeline.worker STAGE CONFIG [SET ...]`; started by the runner."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from kdpipe.data.errors import KdpipeError
+from kdpipe.pipeline.plan import STAGES, make_plans
+from kdpipe.pipeline.runner import Request
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to send SIGTERM when the runner dies; elsewhere the inherited lock must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one stage and returns the exit status: 0, 2 for an error of the user's, 130 for an interruption."""
+    stage, config_file, *overrides = arguments
+    _end_with_parent()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        ctx = Request(Path(config_file), tuple(overrides)).context()
+        plan = make_plans(ctx, stage)[stage]
+        STAGES[stage].run(ctx, plan.todo)
+        ctx.prints.save()
+    except KdpipeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"Error: {stage}: {error}. What was committed is kept; run the command again.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or f"{stage}: interrupted. What was committed is kept.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""README.md of a student: what it was made from, how, and with which result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from kdpipe.stages.config import identity_of
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.train.terms import Terms
+
+_PACKAGES = ("kdpipe", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a student was made from.
+
+    Attributes:
+        base: the checkpoint training started from.
+        textual: the textual teacher.
+        acoustic: the acoustic teacher.
+        objective: the terms of the loss.
+        settings: the identity fields of the `train` section.
+        samples: samples trained on.
+        response_tokens: their response tokens, one epoch.
+        steps: optimizer steps.
+        identity: digest of everything that decided the student.
+        metrics: lines of metrics.jsonl.
+    """
+
+    base: ModelFolder
+    textual: ModelFolder
+    acoustic: ModelFolder
+    objective: Terms
+    settings: Mapping[str, Any]
+    samples: int
+    response_tokens: int
+    steps: int
+    identity: str
+    metrics: Sequence[Mapping[str, Any]]
+
+
+def model_card(made: Made) -> str:
+    """The text of README.md, with the metadata block that the Hugging Face hub reads."""
+    objective = made.objective
+    metadata = ["---", "library_name: transformers", "tags: [audio, distillation, kdpipe]"]
+    if made.base.commit is not None:
+        metadata.append(f"base_model: {made.base.name}")
+    metadata.append("---")
+    teachers = []
+    if objective.textual:
+        teachers.append(f"- textual teacher: {_named(made.textual)}")
+    if objective.acoustic or objective.acoustic_top:
+        teachers.append(f"- acoustic teacher: {_named(made.acoustic)}")
+    lines = [
+        *metadata,
+        "",
+        f"# {made.base.path.name if made.base.commit is None else made.base.name}, distilled with kdpipe",
+        "",
+        f"- base model: {_named(made.base)}",
+        *teachers,
+        f"- data: {made.samples} samples, {made.response_tokens} response tokens",
+        f"- training: {made.steps} steps",
+        f"- identity: `{made.identity}`",
+        f"- versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}",
+        "",
+        "## Loss",
+        "",
+        *(f"- {text}" for text in objective.describe()),
+        "",
+        "## Metrics of training",
+        "",
+        *_metrics_table(made.metrics),
+        "",
+        "## Settings",
+        "",
+        "```json",
+        json.dumps(made.settings, indent=2, default=dict),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _named(folder: ModelFolder) -> str:
+    name = folder.name if folder.commit is not None else folder.path.name
+    return f"{name} ({folder.commit})" if folder.commit else name
+
+
+def _metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not metrics:
+        return ["No step was logged."]
+    first, last = metrics[0], metrics[-1]
+    names = [name for name in ("loss", *last.get("terms", {})) if name]
+    rows = [f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+    for name in names:
+        values = [line["loss"] if name == "loss" else line["terms"].get(name, float("nan")) for line in (first, last)]
+        rows.append(f"| {name} | {values[0]:.4f} | {values[1]:.4f} |")
+    return rows

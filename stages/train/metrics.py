@@ -1,0 +1,52 @@
+"""`train/metrics.jsonl`: one line for each logged step, in the order of the steps whatever interrupted them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kdpipe.data.files import write_atomically
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line torn by a crash is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+class MetricsFile:
+    """Appends to a metrics file; a context manager.
+
+    Args:
+        path: the file.
+        after: lines of later steps belong to work that is done anew, and are dropped.
+        tmp: folder for unfinished files.
+    """
+
+    def __init__(self, path: Path, after: int, tmp: Path):
+        kept = [line for line in read_metrics(path) if line["step"] <= after]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"), tmp)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes one line and hands it to the operating system, so that a killed process leaves it behind."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

@@ -1,0 +1,138 @@
+"""What the loss is made of, resolved from the configuration and the sizes of the models.
+
+Two configurations that mean the same give equal terms, and so the same key: a weight of zero makes the settings of
+its term irrelevant, `beta` matters to the Jensen-Shannon divergence only, and a layer mode is its map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from kdpipe.data.errors import KdpipeError
+from kdpipe.stages.cache_teachers.layers import acoustic_layers, layer_map
+from kdpipe.stages.config import Config
+from kdpipe.stages.config import Divergence as DivergenceKind
+from kdpipe.stages.models.folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How two distributions are compared.
+
+    Attributes:
+        kind: divergence from teacher to student.
+        beta: mixture weight of `jsd`; 0 with the others.
+        temperature: softmax temperature of both.
+        t_squared: multiply by temperature^2; False at temperature 1.
+        k: entries of a teacher that count one by one.
+    """
+
+    kind: DivergenceKind
+    beta: float
+    temperature: float
+    t_squared: bool
+    k: int
+
+
+@dataclass(frozen=True)
+class Terms:
+    """L = sft CE + top D_top + layer sum_i D_i + acoustic mean_i d_i + acoustic_top D_ac.
+
+    Attributes:
+        sft, top, layer, acoustic, acoustic_top: weights.
+        compared: how distributions are compared; None where no term compares any.
+        layers: student layer to textual-teacher layer, counted from 1; empty without layer term.
+        match: lens: D_i is a divergence through each model's own norm and head; hidden: a distance of projected states.
+        acoustic_layers: layers whose states at the audio positions are compared; empty without acoustic term.
+        distance: of hidden states; None where no term compares any.
+    """
+
+    sft: float
+    top: float
+    layer: float
+    acoustic: float
+    acoustic_top: float
+    compared: Compared | None
+    layers: Mapping[int, int]
+    match: Literal["lens", "hidden"] | None
+    acoustic_layers: tuple[int, ...]
+    distance: Literal["cosine", "mse"] | None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term that is on, in the order of the sum."""
+        names = ("top", "layer", "acoustic", "acoustic_top", "sft")
+        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+
+    @property
+    def textual(self) -> bool:
+        """Whether the textual teacher has a say."""
+        return self.top > 0 or self.layer > 0
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that are equal exactly when two objectives are."""
+        return asdict(self)
+
+    def describe(self) -> list[str]:
+        """One line for each term, for people."""
+        lines = []
+        if self.compared is not None:
+            name = f"jsd (beta {self.compared.beta:g})" if self.compared.kind == "jsd" else self.compared.kind
+            how = f"{name} at temperature {self.compared.temperature:g}, k = {self.compared.k} and exact tails"
+        else:
+            how = ""
+        pairs = ", ".join(f"{ours}->{theirs}" for ours, theirs in self.layers.items())
+        between = how if self.match == "lens" else f"{self.distance} distance of projected states"
+        texts = {
+            "top": f"textual teacher, last layer: {how}",
+            "layer": f"textual teacher, student->teacher layers {pairs}: {between}",
+            "acoustic": f"acoustic teacher, states at the audio positions of layers "
+            f"{', '.join(map(str, self.acoustic_layers))}: {self.distance} distance",
+            "acoustic_top": f"acoustic teacher, last layer: {how}",
+            "sft": "cross-entropy on the response",
+        }
+        for name, weight in self.weights.items():
+            lines.append(f"{weight:g} x {texts[name]}")
+        return lines
+
+
+def resolve_terms(config: Config, student: ModelFolder, teacher: ModelFolder) -> Terms:
+    """The objective that a configuration means.
+
+    Args:
+        config: the configuration.
+        student: the student's folder, for its depth.
+        teacher: the textual teacher's, for its depth.
+
+    Raises:
+        KdpipeError: every weight is zero, or the layer map does not fit the models.
+    """
+    train, weights = config.train, config.train.weights
+    if not any((weights.top, weights.layer, weights.acoustic, weights.acoustic_top, weights.sft)):
+        raise KdpipeError("train.weights: all are zero, so there is nothing to learn. Set at least one.")
+    layers = layer_map(config.layers, student.layers, teacher.layers) if weights.layer > 0 else {}
+    lens = bool(layers) and config.layers.match == "lens"
+    compared = None
+    if weights.top > 0 or weights.acoustic_top > 0 or lens:
+        compared = Compared(
+            train.divergence,
+            train.beta if train.divergence == "jsd" else 0.0,
+            train.temperature,
+            train.scale_by_temperature_squared and train.temperature != 1.0,
+            config.teachers.k,
+        )
+    heard = tuple(acoustic_layers(config, student.layers)) if weights.acoustic > 0 else ()
+    return Terms(
+        sft=weights.sft,
+        top=weights.top,
+        layer=weights.layer,
+        acoustic=weights.acoustic,
+        acoustic_top=weights.acoustic_top,
+        compared=compared,
+        layers=dict(sorted(layers.items())),
+        match=config.layers.match if layers else None,
+        acoustic_layers=heard,
+        distance=config.layers.distance if heard or (layers and not lens) else None,
+    )
