@@ -33,7 +33,7 @@ MIN_SECONDS = 0.1
 RANGE_SLACK = 0.05
 """Seconds by which `end` may pass the clip's end, which is then the end: manifests hold rounded numbers."""
 
-_RATES = (1_000, 768_000)  # Hz; a header outside is a lie, and would make a resampling kernel of gigabytes
+_RATES = (1_000, 768_000)  # Hz; a header outside states no rate of sound, and the resampling ratio would degenerate
 _BLOCK = 1 << 20  # samples over all channels that are decoded at a time
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile's answer (its largest integer) when a file does not state its length
 _STREAMED_BYTES = 0x7FFFF000  # sizes from here on are what writers to a pipe put into a RIFF header
@@ -104,11 +104,14 @@ def _opened(ref: AudioRef) -> Iterator[tuple[BinaryIO, int]]:
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
         reason = "audio_missing" if absent else "audio_unreadable"
         raise Rejected(reason, f"{ref.name} cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb", closefd=True) as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Rejected("audio_unreadable", f"{ref.name} is not an ordinary file")
-        yield stream, status.st_size
+        with open(descriptor, "rb", closefd=False) as stream:
+            yield stream, status.st_size
+    finally:
+        os.close(descriptor)
 
 
 def _read_range(

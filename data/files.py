@@ -40,18 +40,31 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, and flushes the entries of the new ones to the disk."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        fsync_path(folder.parent)
+
+
 def move_into_place(built: Path, target: Path) -> None:
     """Flushes `built` and renames it to `target` on the same file system, replacing what stood there.
 
     A file is replaced in one step. A folder that exists already is moved aside first and removed after.
     """
     fsync_tree(built)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     aside = None
     if target.is_dir():
         aside = built.with_name(f"old-{uuid.uuid4().hex}")
         os.rename(target, aside)
-    os.replace(built, target)
+    try:
+        os.replace(built, target)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, target)
+        raise
     fsync_path(target.parent)
     if aside is not None:
         remove(aside)

@@ -11,6 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ class Fingerprints:
         self._seen: dict[str, tuple[int, int, int, str]] = {}
         if memory is not None and memory.exists():
             try:
-                with sqlite3.connect(f"file:{memory}?mode=ro", uri=True, timeout=10) as connection:
+                with closing(
+                    sqlite3.connect(f"{memory.absolute().as_uri()}?mode=ro", uri=True, timeout=10)
+                ) as connection:
                     rows = connection.execute("SELECT path, size, mtime, inode, digest FROM files")
                     self._known = {row[0]: tuple(row[1:]) for row in rows}  # type: ignore[misc]
             except sqlite3.Error:
@@ -143,7 +146,7 @@ class Fingerprints:
             return
         try:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
-            with sqlite3.connect(self._memory, timeout=30) as connection:
+            with closing(sqlite3.connect(self._memory, timeout=30)) as connection, connection:
                 connection.execute(
                     "CREATE TABLE IF NOT EXISTS files"
                     " (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, digest TEXT)"
@@ -152,8 +155,12 @@ class Fingerprints:
                     "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
                     [(name, *entry) for name, entry in self._fresh.items()],
                 )
-            connection.close()
-        except (OSError, sqlite3.Error):
+        except sqlite3.OperationalError:
+            return
+        except sqlite3.DatabaseError:
+            self._memory.unlink(missing_ok=True)
+            return
+        except (OSError, UnicodeError):
             return
         self._known.update(self._fresh)
         self._fresh.clear()

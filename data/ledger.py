@@ -1,9 +1,9 @@
 """The ledger of a stage: which sample lies where, under which key, and what was rejected.
 
-A stage's folder holds `HEAD` (the digest of the current manifest), `manifests/<digest>.parquet` (one row for
-each sample and source), immutable `parts/`, and `rejects.parquet`. Committing a part means: the part is built
-in `tmp/`, flushed and renamed into `parts/`; the new manifest is written; `HEAD` is swapped last. A reader
-follows `HEAD` and so never sees anything half-written; a crash leaves at most an unreferenced part.
+A stage's folder holds `HEAD` (the digest of the current manifest and the digest of its file), immutable `parts/`,
+`manifests/<digest>.parquet` (one row for each sample and source), and `rejects.parquet`. Committing a part means: the
+part is built in `tmp/`, flushed and renamed into `parts/`; the new manifest is written; `HEAD` is swapped last. A
+reader follows `HEAD` and so never sees anything half-written; a crash leaves at most an unreferenced part.
 
 A folder has one committer at a time (the run's lock sees to that).
 """
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.data.errors import StoreError
 from kdpipe.data.files import move_into_place, remove, write_atomically
-from kdpipe.data.hashing import digest
+from kdpipe.data.hashing import digest, digest_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _KEPT_MANIFESTS = 2
+_CHECKSUM = b"kdpipe.digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Ledger:
             drop: (sample, source) pairs to forget.
 
         Raises:
-            OSError: the disk is full or not writable; the ledger on disk is then as it was.
+            OSError: the disk is full or not writable; what was committed before is then as it was.
         """
         new_rows, new_rejects = dict(self._rows), dict(self._rejects)
         for pair in drop:
@@ -135,15 +136,21 @@ class Ledger:
             new_rows.pop((reject.id, reject.source), None)
         for name, path in (built or {}).items():
             move_into_place(path, self.parts / name)
-        if new_rejects != self._rejects:
-            self._write_table(self.folder / "rejects.parquet", _rejects_table(new_rejects.values()))
         new_digest = digest(
-            sorted((r.id, r.source, r.key, r.part, r.row, dict(r.cover), r.content) for r in new_rows.values())
+            sorted(
+                (r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, dict(r.cover), r.content)
+                for r in new_rows.values()
+            )
         )
         manifest = self.folder / "manifests" / f"{new_digest}.parquet"
-        if new_digest != self.digest or not manifest.exists():
+        moved = new_digest != self.digest or not manifest.exists()
+        if moved:
             self._write_table(manifest, _rows_table(new_rows.values()))
-            write_atomically(self.folder / "HEAD", lambda path: path.write_text(new_digest + "\n"), self.tmp)
+        if new_rejects != self._rejects:
+            self._write_table(self.folder / "rejects.parquet", _rejects_table(new_rejects.values()))
+        if moved:
+            head = f"{new_digest} {digest_file(manifest)}\n"
+            write_atomically(self.folder / "HEAD", lambda path: path.write_text(head), self.tmp)
         self.digest, self._rows, self._rejects = new_digest, new_rows, new_rejects
         self._prune_manifests()
 
@@ -168,18 +175,31 @@ class Ledger:
 
         try:
             return pq.read_table(path, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(
-                f"{path}: cannot be read ({error}). Remove {self.folder} to build this stage anew, "
-                "or restore the file from a copy."
-            ) from None
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise self._damaged(path, str(error)) from None
+
+    def _damaged(self, path: Path, why: str) -> StoreError:
+        return StoreError(
+            f"{path}: cannot be read ({why}). Remove {self.folder} to build this stage anew, "
+            "or restore the file from a copy."
+        )
 
     def _load_rows(self) -> tuple[str | None, dict[tuple[str, str], Row]]:
         head = self.folder / "HEAD"
-        if not head.exists():
+        try:
+            name, checksum = head.read_bytes().decode("ascii").split()
+        except FileNotFoundError:
             return None, {}
-        name = head.read_text().strip()
-        columns = self._read_table(self.folder / "manifests" / f"{name}.parquet").to_pydict()
+        except ValueError:
+            raise self._damaged(head, "it does not hold two digests") from None
+        manifest = self.folder / "manifests" / f"{name}.parquet"
+        try:
+            found = digest_file(manifest)
+        except (OSError, ValueError) as error:
+            raise self._damaged(manifest, f"{error}; {head} points to it") from None
+        if found != checksum:
+            raise self._damaged(manifest, f"its content is not what {head} says")
+        columns = self._read_table(manifest).to_pydict()
         parsed: dict[str, dict[str, str]] = {}
         rows = {}
         for values in zip(*(columns[name] for name in _ROW_COLUMNS), strict=True):
@@ -196,7 +216,15 @@ class Ledger:
         path = self.folder / "rejects.parquet"
         if not path.exists():
             return {}
-        return {(r["id"], r["source"]): Reject(**r) for r in self._read_table(path).to_pylist()}
+        table = self._read_table(path)
+        try:
+            rejects = [Reject(**row) for row in table.to_pylist()]
+            found = digest(rejects)
+        except (TypeError, ValueError) as error:
+            raise self._damaged(path, str(error)) from None
+        if (table.schema.metadata or {}).get(_CHECKSUM) != found.encode():
+            raise self._damaged(path, "its rows do not match their digest")
+        return {(reject.id, reject.source): reject for reject in rejects}
 
     def _prune_manifests(self) -> None:
         manifests = sorted((self.folder / "manifests").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)
@@ -233,4 +261,5 @@ def _rejects_table(rejects: Iterable[Reject]) -> pa.Table:
 
     ordered = sorted(rejects, key=lambda reject: (reject.id, reject.source))
     names = ("id", "source", "key", "reason", "detail")
-    return pa.table({name: pa.array([getattr(r, name) for r in ordered], pa.string()) for name in names})
+    table = pa.table({name: pa.array([getattr(r, name) for r in ordered], pa.string()) for name in names})
+    return table.replace_schema_metadata({_CHECKSUM: digest(ordered).encode()})

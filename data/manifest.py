@@ -164,11 +164,11 @@ class _Folder:
 
     def join(self, name: str) -> Path:
         """The path of `name`; each parent is parsed once, since pathlib takes longer than all the rest of a row."""
-        parent, _, last = name.rpartition("/")
+        cut = name.rfind("/") + 1
+        parent, last = name[:cut], name[cut:]
         folder = self._parents.get(parent)
         if folder is None:
-            above = f"{parent}/" if name.startswith("/") else parent
-            folder = self._parents[parent] = Path(self.root, above)
+            folder = self._parents[parent] = Path(self.root, parent)
         return folder / last
 
     def holds(self, name: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -184,7 +184,9 @@ class Stream:
                 yield window[place]
 
 
-def prefetch(items: Iterable[Item], load: Callable[[Item], Loaded], *, depth: int, threads: int) -> Iterator[Loaded]:
+def prefetch(
+    items: Iterable[Item], load: Callable[[Item], Loaded], *, depth: int, threads: int
+) -> Generator[Loaded, None, None]:
     """Yields `load(item)` for each item, in order, loading up to `depth` items ahead.
 
     An error of `items` or `load` is raised where its result would have come. The threads are gone when the iterator is

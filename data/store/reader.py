@@ -240,8 +240,7 @@ class PartReader:
         file = self.path.joinpath(name, "c", str(chunk * rows // array.shards[0]), *("0" for _ in array.shape[1:]))
         where = f"part {self.path.name}, array {name}, chunk {chunk}"
         if unit is not None:
-            samples = [sample["id"] for sample in unit.get("samples", []) if "id" in sample] or [unit["id"]]
-            where += f", read for sample {', '.join(map(repr, samples))}"
+            where += f", read for sample {', '.join(map(repr, _samples_of(unit)))}"
         if not file.exists():
             raise damaged(self.path, f"{file}: missing ({where})")
         try:
@@ -290,10 +289,15 @@ class Store:
             raise StoreError(f"{self._parts}: holds no {source} of sample {sample_id!r}. Run `kdpipe cache-teachers`.")
         path = self._parts / row.part
         part: PartReader = self._open.get(path, lambda: (PartReader(path, self._chunks), 1))
-        unit = part.units[row.row] if row.row < len(part.units) else {"id": None}
-        if part.source != source or sample_id not in {unit["id"], *(s.get("id") for s in unit.get("samples", []))}:
+        held = _samples_of(part.units[row.row]) if row.row < len(part.units) else []
+        if part.source != source or sample_id not in held:
             raise damaged(path, f"{path}: does not hold {source} of sample {sample_id!r} in row {row.row}")
         return part, row.row
+
+
+def _samples_of(unit: Mapping[str, Any]) -> list[str]:
+    """Ids of the samples that a unit serves: its own, or those a clip's unit lists."""
+    return [sample["id"] for sample in unit["samples"]] if "samples" in unit else [unit["id"]]
 
 
 def _with_dropped(

@@ -19,9 +19,9 @@ from kdpipe.stages.miniature import world
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, WhisperFeatureExtractor
 
-BPE_SIZE = 432
+BPE_SIZE = 480
 """Ordinary ids of the shared BPE."""
-TEACHER_ROWS, QWEN2_AUDIO_ROWS, OMNI_ROWS = 480, 512, 496
+TEACHER_ROWS, QWEN2_AUDIO_ROWS, OMNI_ROWS = 512, 544, 528
 """Rows of the output heads, all beyond the tokenizers' sizes."""
 QWEN2_AUDIO_SECONDS = 30
 MEL_BINS = 80
@@ -110,7 +110,7 @@ def make_qwen3(
     folder: Path,
     *,
     tokenizer: "PreTrainedTokenizerFast",
-    hidden: int = 160,
+    hidden: int = 128,
     layers: int = 6,
     rows: int = TEACHER_ROWS,
     seed: int = 0,
@@ -156,7 +156,7 @@ def make_qwen2_audio(
     folder: Path,
     *,
     tokenizer: "PreTrainedTokenizerFast",
-    hidden: int = 128,
+    hidden: int = 96,
     layers: int = 4,
     encoder_hidden: int = 64,
     encoder_layers: int = 2,
@@ -216,7 +216,7 @@ def make_qwen2_5_omni(
     folder: Path,
     *,
     tokenizer: "PreTrainedTokenizerFast",
-    hidden: int = 128,
+    hidden: int = 96,
     layers: int = 4,
     encoder_hidden: int = 96,
     encoder_layers: int = 2,
@@ -334,7 +334,7 @@ def _text_stack(hidden: int, layers: int, rows: int) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "intermediate_size": 2 * hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
+        "num_key_value_heads": 1,
         "vocab_size": rows,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,

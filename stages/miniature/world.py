@@ -6,7 +6,7 @@ be heard and then one small piece of reasoning: counting, comparing, finding a m
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,17 @@ QUESTION_PROMPT = "{question}\n{choices}"
 TEACHER_PROMPT = "{description}\n{question}\n{choices}"
 """User text for a text-only teacher, which reads the description instead of hearing the audio."""
 
-TASKS = ("count", "compare", "highest", "parity")
-_COUNTS = ("two", "three", "four", "five")
+TASKS = ("count", "direction", "highest", "parity")
+_NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 _POSITIONS = ("first", "second", "third", "fourth", "fifth")
 _QUESTIONS = {
     "count": ("How many tones are there?", "How many tones do you hear?", "What is the number of tones?"),
-    "compare": (
-        "Which tone is higher, the first or the last?",
-        "Is the first or the last tone higher?",
-        "Of the first and the last tone, which is higher?",
+    "direction": (
+        "Does it end higher or lower than it starts?",
+        "Is the last tone higher or lower than the first?",
+        "Compared with the first tone, is the last higher or lower?",
     ),
-    "highest": (
-        "Which tone is the highest?",
-        "Which position has the highest tone?",
-        "Where is the highest tone?",
-    ),
+    "highest": ("Which tone is the highest?", "What is the highest tone?", "How high is the highest tone?"),
     "parity": (
         "Is the sum of the tones even or odd?",
         "Are the tones even or odd in sum?",
@@ -50,10 +46,10 @@ _QUESTIONS = {
     ),
 }
 _PLANS = {
-    "count": "Count the tones.",
-    "compare": "Compare the first and the last.",
-    "highest": "Find the highest.",
-    "parity": "Add the tones.",
+    "count": ("Count the tones.", "Number the tones."),
+    "direction": ("Compare the last with the first.", "Compare first and last."),
+    "highest": ("Find the highest.", "Keep the highest."),
+    "parity": ("Add the tones.", "Keep the sum."),
 }
 
 
@@ -89,23 +85,37 @@ def sample_question(rng: np.random.Generator, *, held_out: bool, task: str | Non
         if answer is not None and is_held_out(scene) == held_out:
             break
     templates = _QUESTIONS[task]
-    choices = _choices(scene, task)
-    if task in ("compare", "parity") and rng.integers(2):
-        choices = choices[::-1]
-    return scene, Question(task, templates[rng.integers(len(templates))], choices, answer)
+    text = templates[rng.integers(len(templates))]
+    return scene, Question(task, text, _choices(task, answer, rng), answer)
 
 
 def describe(scene: Scene) -> str:
-    """What is heard, in text: `tones: 3 1 4`."""
-    return "tones: " + " ".join(map(str, scene.tones))
+    """What is heard, in text: `tones: three one four`."""
+    return "tones: " + " ".join(_names(scene.tones))
 
 
 def trace(scene: Scene, question: Question) -> str:
-    """The gold CoTA trace with its response."""
-    reasoning, summary = _reason(scene, question.task)
+    """The gold CoTA trace with its response.
+
+    Two wordings of the plan and two of the summary occur in turn, by a hash of scene and question: no model can tell
+    which comes, so a good one spreads its probability over both.
+    """
+    tones, names, answer = scene.tones, _names(scene.tones), question.answer
+    variant = zlib.crc32(repr((tones, question.text, question.choices)).encode())
+    plan = _PLANS[question.task][variant % 2]
+    summary = (f"So {answer}.", f"It is {answer}.")[variant // 2 % 2]
+    if question.task == "count":
+        pairs = zip(_POSITIONS, names, strict=False)
+    elif question.task == "direction":
+        pairs = (("first", names[0]), ("last", names[-1]))
+    elif question.task == "highest":
+        pairs = zip(names, _names(np.maximum.accumulate(tones)), strict=True)
+    else:
+        pairs = zip(names, map(_parity, np.cumsum(tones)), strict=True)
+    reasoning = ", ".join(" ".join(pair) for pair in pairs)
     return (
-        f"<THINK><PLANNING>{_PLANS[question.task]}</PLANNING><CAPTION>{describe(scene)}</CAPTION>"
-        f"<REASONING>{reasoning}</REASONING><SUMMARY>{summary}</SUMMARY></THINK><RESPONSE>{question.answer}</RESPONSE>"
+        f"<THINK><PLANNING>{plan}</PLANNING><CAPTION>{describe(scene)}</CAPTION>"
+        f"<REASONING>{reasoning}</REASONING><SUMMARY>{summary}</SUMMARY></THINK><RESPONSE>{answer}</RESPONSE>"
     )
 
 
@@ -206,44 +216,33 @@ def make_world(folder: Path, *, n_train: int, n_test: int, seed: int) -> Path:
     return manifest
 
 
-def _choices(scene: Scene, task: str) -> tuple[str, ...]:
-    if task == "count":
-        return _COUNTS
-    if task == "compare":
-        return ("first", "last")
-    if task == "highest":
-        return _POSITIONS[: len(scene.tones)]
-    return ("even", "odd")
-
-
 def _answer(scene: Scene, task: str) -> str | None:
-    """The right answer, or None where there is none or more than one."""
+    """The right answer, or None where there is none."""
     tones = scene.tones
     if task == "count":
-        return _COUNTS[len(tones) - MIN_TONES]
-    if task == "compare":
-        return None if tones[0] == tones[-1] else ("first" if tones[0] > tones[-1] else "last")
+        return str(len(tones))
+    if task == "direction":
+        return None if tones[0] == tones[-1] else ("higher" if tones[-1] > tones[0] else "lower")
     if task == "highest":
-        return _POSITIONS[tones.index(max(tones))] if tones.count(max(tones)) == 1 else None
+        return _NAMES[max(tones) - 1]
     return _parity(sum(tones))
+
+
+def _choices(task: str, answer: str, rng: np.random.Generator) -> tuple[str, ...]:
+    """Choices in the order shown, the answer among them."""
+    if task == "count":
+        return tuple(map(str, range(MIN_TONES, MAX_TONES + 1)))
+    if task == "highest":
+        others = [name for name in _NAMES if name != answer]
+        shown = {answer, *rng.choice(others, 3, replace=False)}
+        return tuple(name for name in _NAMES if name in shown)
+    pair = ("higher", "lower") if task == "direction" else ("even", "odd")
+    return pair if rng.integers(2) else pair[::-1]
 
 
 def _parity(number: int) -> str:
     return "odd" if number % 2 else "even"
 
 
-def _reason(scene: Scene, task: str) -> tuple[str, str]:
-    """The reasoning and the summary of a gold trace."""
-    tones = scene.tones
-    answer = _answer(scene, task)
-    if task == "count":
-        steps = [f"{tone} {number}" for tone, number in zip(tones, ("one", *_COUNTS), strict=False)]
-        return ", ".join(steps), f"{answer} tones."
-    if task == "compare":
-        return f"first {tones[0]}, last {tones[-1]}", f"{max(tones[0], tones[-1])} is higher."
-    if task == "highest":
-        steps = [f"{position} {tone}" for tone, position in zip(tones, _POSITIONS, strict=False)]
-        return ", ".join(steps), f"{max(tones)} is the highest."
-    sums = np.cumsum(tones)
-    steps = [f"{tone} {_parity(int(total))}" for tone, total in zip(tones, sums, strict=True)]
-    return ", ".join(steps), f"The sum is {answer}."
+def _names(tones: Iterable[int]) -> list[str]:
+    return [_NAMES[tone - 1] for tone in tones]

@@ -170,7 +170,11 @@ def load_model(
         )
     model = model.to(place)
     model.train(train)
-    model.requires_grad_(train)
+    if not train:
+        model.requires_grad_(False)
+    elif folder.family == "qwen2_audio":
+        # The class fixes these sinusoids when it is made; loading a checkpoint undoes that.
+        model.model.audio_tower.embed_positions.requires_grad_(False)
     decoder = model.model.language_model if folder.family == "qwen2_audio" else model.get_decoder()
     layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from kdpipe.stages.config import identity_of
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.train.terms import Terms
 
@@ -21,9 +20,9 @@ class Made:
 
     Attributes:
         base: the checkpoint training started from.
-        textual: the textual teacher.
-        acoustic: the acoustic teacher.
-        objective: the terms of the loss.
+        textual: the textual teacher, or None where no term needs it.
+        acoustic: the acoustic teacher, likewise.
+        terms: of the loss.
         settings: the identity fields of the `train` section.
         samples: samples trained on.
         response_tokens: their response tokens, one epoch.
@@ -33,9 +32,9 @@ class Made:
     """
 
     base: ModelFolder
-    textual: ModelFolder
-    acoustic: ModelFolder
-    objective: Terms
+    textual: ModelFolder | None
+    acoustic: ModelFolder | None
+    terms: Terms
     settings: Mapping[str, Any]
     samples: int
     response_tokens: int
@@ -46,15 +45,14 @@ class Made:
 
 def model_card(made: Made) -> str:
     """The text of README.md, with the metadata block that the Hugging Face hub reads."""
-    objective = made.objective
     metadata = ["---", "library_name: transformers", "tags: [audio, distillation, kdpipe]"]
     if made.base.commit is not None:
         metadata.append(f"base_model: {made.base.name}")
     metadata.append("---")
     teachers = []
-    if objective.textual:
+    if made.textual is not None:
         teachers.append(f"- textual teacher: {_named(made.textual)}")
-    if objective.acoustic or objective.acoustic_top:
+    if made.acoustic is not None:
         teachers.append(f"- acoustic teacher: {_named(made.acoustic)}")
     lines = [
         *metadata,
@@ -70,7 +68,7 @@ def model_card(made: Made) -> str:
         "",
         "## Loss",
         "",
-        *(f"- {text}" for text in objective.describe()),
+        *(f"- {text}" for text in made.terms.describe()),
         "",
         "## Metrics of training",
         "",

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from kdpipe.data.errors import KdpipeError
-from kdpipe.stages.cache_teachers.layers import acoustic_layers, layer_map
+from kdpipe.data.errors import ConfigError
+from kdpipe.stages.cache_teachers.layers import layer_map
+from kdpipe.stages.cache_teachers.requirements import Requirements
 from kdpipe.stages.config import Config
 from kdpipe.stages.config import Divergence as DivergenceKind
-from kdpipe.stages.models.folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ class Terms:
         names = ("top", "layer", "acoustic", "acoustic_top", "sft")
         return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
 
-    @property
-    def textual(self) -> bool:
-        """Whether the textual teacher has a say."""
-        return self.top > 0 or self.layer > 0
-
     def identity(self) -> dict[str, Any]:
         """Plain values that are equal exactly when two objectives are."""
         return asdict(self)
@@ -98,32 +93,32 @@ class Terms:
         return lines
 
 
-def resolve_terms(config: Config, student: ModelFolder, teacher: ModelFolder) -> Terms:
+def resolve_terms(config: Config, needs: Requirements) -> Terms:
     """The objective that a configuration means.
 
     Args:
         config: the configuration.
-        student: the student's folder, for its depth.
-        teacher: the textual teacher's, for its depth.
+        needs: what it asks of the teachers.
 
     Raises:
-        KdpipeError: every weight is zero, or the layer map does not fit the models.
+        ConfigError: every weight is zero, or the layer map does not fit the models.
     """
     train, weights = config.train, config.train.weights
     if not any((weights.top, weights.layer, weights.acoustic, weights.acoustic_top, weights.sft)):
-        raise KdpipeError("train.weights: all are zero, so there is nothing to learn. Set at least one.")
-    layers = layer_map(config.layers, student.layers, teacher.layers) if weights.layer > 0 else {}
-    lens = bool(layers) and config.layers.match == "lens"
+        raise ConfigError(["train.weights: all are zero, so there is nothing to learn. Set at least one."])
+    layers: dict[int, int] = {}
+    if weights.layer > 0 and needs.textual is not None:
+        layers = layer_map(config.layers, needs.student.layers, needs.textual.layers)
+    hidden = config.layers.match == "hidden"
     compared = None
-    if weights.top > 0 or weights.acoustic_top > 0 or lens:
+    if weights.top > 0 or weights.acoustic_top > 0 or (layers and not hidden):
         compared = Compared(
             train.divergence,
             train.beta if train.divergence == "jsd" else 0.0,
             train.temperature,
             train.scale_by_temperature_squared and train.temperature != 1.0,
-            config.teachers.k,
+            needs.k,
         )
-    heard = tuple(acoustic_layers(config, student.layers)) if weights.acoustic > 0 else ()
     return Terms(
         sft=weights.sft,
         top=weights.top,
@@ -133,6 +128,6 @@ def resolve_terms(config: Config, student: ModelFolder, teacher: ModelFolder) ->
         compared=compared,
         layers=dict(sorted(layers.items())),
         match=config.layers.match if layers else None,
-        acoustic_layers=heard,
-        distance=config.layers.distance if heard or (layers and not lens) else None,
+        acoustic_layers=needs.heard,
+        distance=config.layers.distance if needs.heard or (layers and hidden) else None,
     )

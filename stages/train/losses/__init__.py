@@ -10,6 +10,7 @@ teacher, T temperatures, B vocabulary blocks.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ __all__ = [
     "teacher_at_temperature",
     "tvd",
 ]
+
+
+LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
 
 def linear_logsumexp_gather(
@@ -165,7 +169,7 @@ class Distribution:
         ids: int64 [N, K] kept ids, each at most once in a row; -1 where absent.
         logprob: float32 [N, K] their log-probabilities at temperature 1; -inf where absent.
         log_z: float32 [N, T] log normalizers over the whole vocabulary.
-        log_tail: float32 [N, T, B] log mass of what the kept entries leave of each block; -inf where nothing is left.
+        log_tail: float32 [N, T, B] log mass of what the kept entries leave of each block; -inf where it is 0.
         temperatures: the T declared temperatures, 1 among them.
         rows_valid: bool [N], False where this teacher has nothing to say; None: everywhere valid.
     """
@@ -263,7 +267,7 @@ def head_terms(
         weight_VH,
         ids_MS,
         temperatures=temperatures,
-        blocks=(0,) if blocks is None else blocks,
+        blocks=blocks or (0,),
         valid_vocab=valid_vocab,
         masked_ids=masked_ids,
         bias=bias,
@@ -278,13 +282,15 @@ def head_terms(
     ce_M = cross_entropy(picked_MS[:, 0].double(), lse_1_M, z_loss).to(picked_MS.dtype)
     ce_M = torch.where(labels_M >= 0, ce_M, 0.0)
 
+    live_B = _ids_in_blocks(blocks or (0,), len(weight_VH) if valid_vocab is None else valid_vocab, masked_ids)
     values, diagnostics = [], []
     for teacher, column in zip(teachers, columns, strict=True):
         value_N, diagnostic = _teacher_term(
             teacher.distribution,
             picked_MS[teacher.rows, column],
             lse[teacher.rows, -1],
-            blocks,
+            blocks or (0,),
+            live_B,
             divergence,
             temperature,
         )
@@ -335,31 +341,39 @@ def _gather_ids(labels_M: torch.Tensor, teachers: Sequence[TeacherRows]) -> tupl
     return columns, ids_MS
 
 
+def _ids_in_blocks(blocks: Sequence[int], valid: int, masked_ids: Sequence[int]) -> list[int]:
+    """How many ids of each block are part of the softmax."""
+    masked = set(masked_ids)
+    return [b - a - sum(a <= token < b for token in masked) for a, b in pairwise((*blocks, valid))]
+
+
 def _teacher_term(
     given: Distribution,
     picked_NK: torch.Tensor,
     lse_NB: torch.Tensor,
-    blocks: Sequence[int] | None,
+    blocks: Sequence[int],
+    live_B: Sequence[int],
     divergence: Divergence,
     temperature: float,
 ) -> tuple[torch.Tensor, Diagnostics]:
     log_p_NK = teacher_at_temperature(given.logprob, given.log_z, given.temperatures, temperature)
-    log_p_tail_NB = given.log_tail[:, given.temperatures.index(temperature)].float()
-    present_NK, left_NB = (given.ids >= 0) & (log_p_NK > -torch.inf), log_p_tail_NB > -torch.inf
-    if given.rows_valid is not None:
-        present_NK, left_NB = present_NK & given.rows_valid[:, None], left_NB & given.rows_valid[:, None]
+    present_NK = (given.ids >= 0) & (log_p_NK > -torch.inf)
+    valid_N = present_NK.any(1) if given.rows_valid is None else given.rows_valid
+    present_NK = present_NK & valid_N[:, None]
+    starts_B = torch.tensor(list(blocks), device=given.ids.device)
+    block_NK = (torch.bucketize(given.ids, starts_B, right=True) - 1).clamp_min(0)
+    kept_NB = torch.zeros_like(lse_NB).scatter_add(1, block_NK, present_NK.to(lse_NB.dtype))
+    left_NB = (kept_NB < torch.tensor(live_B, device=kept_NB.device)) & valid_N[:, None]
+
+    # A tail of 0 over ids that exist, which no softmax gives, counts as the smallest number that is not 0.
+    log_p_tail_NB = given.log_tail[:, given.temperatures.index(temperature)].float().clamp_min(LOG_TINY)
     log_p_NM = torch.cat(
         [log_p_NK.masked_fill(~present_NK, -torch.inf), log_p_tail_NB.masked_fill(~left_NB, -torch.inf)], dim=1
     )
     # Entries stored in float16 do not quite sum to one; a divergence is one only between distributions.
     total_N1 = torch.logsumexp(log_p_NM, dim=1, keepdim=True)
-    log_p_NM = log_p_NM - torch.where(total_N1 > -torch.inf, total_N1, 0.0)
+    log_p_NM = log_p_NM - torch.where(valid_N[:, None], total_N1, 0.0)
 
-    if blocks is None:
-        block_NK = torch.zeros_like(given.ids)
-    else:
-        starts = torch.tensor(list(blocks), device=given.ids.device)
-        block_NK = (torch.bucketize(given.ids, starts, right=True) - 1).clamp_min(0)
     log_q_NK, log_q_tail_NB = student_outcomes(picked_NK, lse_NB, block_NK, present_NK, left_NB, temperature)
     value_N = divergence(log_p_NM, torch.cat([log_q_NK, log_q_tail_NB], dim=1))
 

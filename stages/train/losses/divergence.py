@@ -99,7 +99,7 @@ def student_outcomes(
         lse_NB: log-sum-exp of z / T in each block [N, B]; float64 is worth having where tails are small.
         block_NK: int64 block of each kept entry [N, K]; anything in range where absent.
         present_NK: which entries there are (bool).
-        left_NB: which tails there are (bool): False where the kept entries leave nothing of a block.
+        left_NB: which tails there are (bool): False where the kept entries are all the ids of a block.
         temperature: T.
 
     Returns:

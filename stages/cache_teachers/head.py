@@ -1,0 +1,135 @@
+"""From hidden states to stored distributions, without ever holding [tokens, vocabulary].
+
+Dimension key: N response positions, R rows of one chunk, H width, V shared ids counted with masked ones, K kept
+entries, T temperatures, B vocabulary blocks.
+
+For logits z over the shared ids (masked ids are -inf before anything is normalized) and the K largest of them:
+
+    log_z[T] = log sum_v exp(z_v / T)
+    logprob  = z_kept - log_z[1]
+    log_tail[T, b] = log sum_{v in block b, v not kept} exp(z_v / T) - log_z[T]
+
+Tails are summed over what is left, never taken as `1 - sum(kept)`: a teacher that is sure would leave only rounding
+error there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kdpipe.data.errors import KdpipeError
+from kdpipe.stages.models.vocabulary import Alignment
+
+_FIRST_BLOCK = 256
+_HEAD_ROWS = 8192  # rows of the output head that are widened to float32 at a time
+
+
+def block_bounds(valid: int, blocks: int) -> tuple[int, ...]:
+    """Cuts ids 0 to `valid` into ranges that grow geometrically.
+
+    BPE ids run roughly from frequent to rare, so the blocks are classes of frequency: the first holds at most 256 ids
+    (the bytes), the bounds of the others have a constant ratio.
+
+    Args:
+        valid: ids there are.
+        blocks: number of ranges B.
+
+    Returns:
+        B + 1 rising bounds, from 0 to `valid`.
+
+    Raises:
+        KdpipeError: there are more blocks than the ids can be cut into.
+    """
+    if blocks == 1:
+        return (0, valid)
+    first = min(_FIRST_BLOCK, max(1, valid >> (blocks - 1)))
+    ratio = valid / first
+    bounds = (0, *(round(first * ratio ** (step / (blocks - 1))) for step in range(blocks)))
+    if any(low >= high for low, high in zip(bounds, bounds[1:], strict=False)):
+        raise KdpipeError(f"teachers.tail_blocks: {blocks} is too many for {valid} shared ids. Choose fewer.")
+    return bounds
+
+
+def distribution(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    *,
+    k: int,
+    temperatures: Sequence[float],
+    bounds: Sequence[int],
+    alignment: Alignment,
+    chunk: int,
+) -> dict[str, torch.Tensor]:
+    """What a teacher says at each position: its likeliest ids, and the exact rest.
+
+    Logits, normalizers and tails are float32 whatever the model's precision (float64 for float64 states).
+
+    Args:
+        hidden_NH: states after the final norm, [N, H].
+        weight_VH: output head, at least `alignment.valid` rows.
+        k: entries to keep, at most the number of shared ids.
+        temperatures: the T temperatures; each is divided into the logits.
+        bounds: B + 1 bounds of the vocabulary blocks, from 0 to `alignment.valid`.
+        alignment: ids to normalize over.
+        chunk: positions taken through the output head at once.
+
+    Returns:
+        On the states' device: `ids` int64 [N, K], likeliest first; `logprob` [N, K] at temperature 1 (nats);
+        `log_z` [N, T]; `log_tail` [N, T, B], -inf where nothing is left.
+
+    Raises:
+        KdpipeError: a logit is NaN or infinite.
+    """
+    masked = torch.tensor(alignment.masked, dtype=torch.int64, device=hidden_NH.device)
+    assert bounds[0] == 0 and bounds[-1] == alignment.valid
+    parts = [
+        _chunk(rows_RH, weight_VH, k, temperatures, bounds, alignment.valid, masked)
+        for rows_RH in hidden_NH.split(chunk)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _chunk(
+    hidden_RH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    k: int,
+    temperatures: Sequence[float],
+    bounds: Sequence[int],
+    valid: int,
+    masked: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    logits_RV = _logits(hidden_RH, weight_VH[:valid])
+    if not bool(torch.isfinite(logits_RV).all()):
+        raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
+    logits_RV[:, masked] = -torch.inf
+    log_z_RT = torch.stack([torch.logsumexp(logits_RV / T, dim=1) for T in temperatures], dim=1)
+    log_z_R = torch.logsumexp(logits_RV, dim=1)
+    kept_RK, ids_RK = torch.topk(logits_RV, k, dim=1)
+    logits_RV.scatter_(1, ids_RK, -torch.inf)
+    tails = []
+    for column, T in enumerate(temperatures):
+        left_RB = torch.stack(
+            [
+                torch.logsumexp(logits_RV[:, low:high] / T, dim=1)
+                for low, high in zip(bounds, bounds[1:], strict=False)
+            ],
+            dim=1,
+        )
+        tails.append(left_RB - log_z_RT[:, column, None])
+    return {
+        "ids": ids_RK,
+        "logprob": kept_RK - log_z_R[:, None],
+        "log_z": log_z_RT,
+        "log_tail": torch.stack(tails, dim=1),
+    }
+
+
+def _logits(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    """Logits [R, V] in float32: a product rounded to bfloat16 would be off by 0.1 at a logit of 20."""
+    dtype = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
+    wide_RH = hidden_RH.to(dtype)
+    if weight_VH.dtype == dtype:
+        return wide_RH @ weight_VH.T
+    return torch.cat([wide_RH @ rows_VH.to(dtype).T for rows_VH in weight_VH.split(_HEAD_ROWS)], dim=1)

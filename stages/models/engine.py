@@ -1,0 +1,378 @@
+"""vLLM, fed continuously: requests go in while finished ones come out, on a GPU or on the CPU build.
+
+The engine runs in processes of its own. Clips are decoded by threads of this one, a bounded distance ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from kdpipe.data.errors import KdpipeError, Rejected
+from kdpipe.data.hashing import digest
+from kdpipe.stages.config import EngineConfig
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.inputs import Encoder
+
+T = TypeVar("T")
+
+_DECODE_THREADS = min(4, os.cpu_count() or 1)
+_DECODED_AHEAD = 16  # clips: a minute of audio is 4 MB
+_QUEUED_PER_SEQUENCE = 2  # requests in the engine for each it can run at once, so that it never waits for us
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is decoded.
+
+    Attributes:
+        max_tokens: longest output.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling; 1 keeps everything.
+        top_k: 0 keeps everything.
+        n: outputs drawn; greedy decoding has one.
+        seed: of this request's random numbers; output `i` uses `seed + i`.
+        regex: expression that the whole output matches (vLLM structured output).
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+    seed: int | None = None
+    regex: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt.
+
+    Attributes:
+        prompt: chat-templated text, one audio placeholder a clip (`Encoder.prompt_text`).
+        sampling: how it is decoded.
+        clips: float32 `[frames]` each, mono, at the model's rate.
+    """
+
+    prompt: str
+    sampling: Sampling
+    clips: Sequence[np.ndarray] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of a request's outputs; `finish_reason` is `stop` or `length`, `tokens` counts the end token too."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request: length of its prompt in tokens (audio included), and its outputs in order."""
+
+    prompt_tokens: int
+    outputs: tuple[Output, ...]
+
+
+def seed_of(seed: int, *names: str) -> int:
+    """A seed for one request, from the configured one and names (the sample's id), whatever the order of work.
+
+    31 bits, so that every generator takes it.
+    """
+    return int(digest([seed, *names])[:8], 16) >> 1
+
+
+class Engine:
+    """A running engine; made by `open_engine`. Takes requests and is stepped by one thread."""
+
+    def __init__(self, llm: Any, encoder: Encoder, capacity: int):
+        self._llm = llm
+        self._max_length = int(llm.model_config.max_model_len)
+        self._tokenization = llm.renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=False)
+        self._submitted = 0
+        self._errors: dict[str, Rejected] = {}
+        self.encoder = encoder
+        self.capacity = capacity
+
+    def submit(self, request: Request) -> str:
+        """Queues a request; returns the name under which `step` will give it back.
+
+        Raises:
+            Rejected: `too_long` (prompt and one token more than `engine.max_model_len`), `audio_too_long`,
+                `audio_too_short`, or `engine_refused` with vLLM's own words.
+        """
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        length = len(self.encoder.prompt_ids(request.prompt, [len(clip) for clip in request.clips]))
+        if length >= self._max_length:
+            raise Rejected(
+                "too_long",
+                f"the prompt has {length} tokens, audio included, and engine.max_model_len is {self._max_length}",
+            )
+        prompt: dict[str, Any] = {"prompt": request.prompt}
+        if request.clips:
+            rate = self.encoder.rate
+            prompt["multi_modal_data"] = {"audio": [(clip, rate) for clip in request.clips]}
+        name = str(self._submitted)
+        self._submitted += 1
+        rendered = None
+        try:
+            parsed = parse_model_prompt(self._llm.model_config, prompt)
+            (rendered,) = self._llm.renderer.render_cmpl([parsed], self._tokenization)
+            self._llm.add_request(name, rendered, _sampling_params(request.sampling))
+        except (ValueError, RuntimeError) as error:
+            self._forget_clips(rendered)
+            raise Rejected("engine_refused", " ".join(str(error).split())) from error
+        return name
+
+    def step(self) -> list[tuple[str, Completion | Rejected]]:
+        """Waits for the engine's next step; gives the requests that it finished.
+
+        Raises:
+            KdpipeError: the engine died.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            outputs = self._llm.step()
+        except EngineDeadError as error:
+            raise KdpipeError(
+                f"{self.encoder.folder.name}: the vLLM engine died; its own message stands above. What was committed "
+                "is kept, and the same command goes on from there. If memory ran out, lower engine.max_num_seqs, "
+                "engine.max_model_len or engine.gpu_memory_utilization."
+            ) from error
+        return [(output.request_id, _completion(output)) for output in outputs if output.finished]
+
+    def _forget_clips(self, rendered: Any) -> None:
+        """Takes the clips of a request that never reached the engine out of the sender's cache.
+
+        Otherwise the next request with the same clip would send its hash alone, which the engine does not know.
+        """
+        cache = self._llm.renderer.mm_processor_cache
+        if rendered is not None and cache is not None:
+            for hashes in rendered.get("mm_hashes", {}).values():
+                for value in hashes:
+                    cache.invalidate(value)
+
+
+@contextlib.contextmanager
+def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: int) -> Iterator[Engine]:
+    """Starts vLLM, and stops it with all its processes however the block ends.
+
+    Vllm's log shows warnings and errors; set the environment variable `KDPIPE_VLLM_LOG` to `info` or `debug` to see
+    more. Sampling defaults in the model's generation_config.json are not used, only its end tokens.
+
+    Args:
+        folder: the model.
+        config: how vLLM is started.
+        clips: most clips in one request; 0 for text only.
+        seed: of the engine itself; requests bring their own.
+
+    Raises:
+        ModelError: the tokenizer or the feature extractor cannot be used.
+        KdpipeError: vLLM does not start.
+    """
+    encoder = Encoder(folder)
+    others = {child.pid for child in _children()}
+    llm = None
+    try:
+        llm = _start(folder, config, clips, seed)
+        yield Engine(llm, encoder, _QUEUED_PER_SEQUENCE * config.max_num_seqs)
+    finally:
+        _stop(llm, others)
+        llm = None
+        gc.collect()
+
+
+def drive(
+    engine: Engine | None,
+    items: Iterable[T],
+    *,
+    prepare: Callable[[T], object],
+    advance: Callable[[T, Completion | None], Request | None],
+    reject: Callable[[T, Rejected], None],
+) -> None:
+    """Takes items through the engine, many at once, each through as many requests as it asks for.
+
+    Args:
+        engine: None when no item will ask for anything.
+        items: started in this order; finished in any.
+        prepare: called for each item in a thread, ahead of the engine; may raise `Rejected`.
+        advance: called with None when an item is prepared and with the completion of each of its requests; gives the
+            next request, or None when the item is done; may raise `Rejected`.
+        reject: called in place of anything further for an item that was rejected.
+    """
+    running: dict[str, T] = {}
+
+    def follow(item: T, completion: Completion | None) -> None:
+        try:
+            request = advance(item, completion)
+            if request is not None:
+                assert engine is not None, "an item asked for an engine that was not opened"
+                running[engine.submit(request)] = item
+        except Rejected as rejected:
+            reject(item, rejected)
+
+    with _Ahead(items, prepare) as ahead:
+        while True:
+            while engine is None or len(running) < engine.capacity:
+                prepared = ahead.take(wait=not running)
+                if prepared is None:
+                    break
+                item, rejected = prepared
+                if rejected is None:
+                    follow(item, None)
+                else:
+                    reject(item, rejected)
+            if not running:
+                return
+            assert engine is not None
+            for name, result in engine.step():
+                item = running.pop(name)
+                if isinstance(result, Rejected):
+                    reject(item, result)
+                else:
+                    follow(item, result)
+
+
+class _Ahead(Generic[T]):
+    """Runs `work` on items in threads, a bounded number ahead, and hands them out in order."""
+
+    def __init__(self, items: Iterable[T], work: Callable[[T], object]):
+        self._items = iter(items)
+        self._work = work
+        self._waiting: deque[tuple[T, Future[Rejected | None]]] = deque()
+
+    def __enter__(self) -> _Ahead[T]:
+        self._pool = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="kdpipe-decode")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self, *, wait: bool) -> tuple[T, Rejected | None] | None:
+        """The next item and its rejection if it has one; None when there is none left, or none ready and no wait."""
+        while len(self._waiting) < _DECODED_AHEAD:
+            try:
+                item = next(self._items)
+            except StopIteration:
+                break
+            self._waiting.append((item, self._pool.submit(self._attempt, item)))
+        if not self._waiting or not (wait or self._waiting[0][1].done()):
+            return None
+        item, future = self._waiting.popleft()
+        return item, future.result()
+
+    def _attempt(self, item: T) -> Rejected | None:
+        try:
+            self._work(item)
+        except Rejected as rejected:
+            return rejected
+        return None
+
+
+def _start(folder: ModelFolder, config: EngineConfig, clips: int, seed: int) -> Any:
+    level = os.environ.get("KDPIPE_VLLM_LOG", "warning").upper()
+    os.environ["VLLM_LOGGING_LEVEL"] = level
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    from vllm import EngineArgs, LLMEngine
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    settings: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        settings["kv_cache_memory_bytes"] = config.cpu_kv_cache_gib << 30
+    else:
+        settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+    if folder.hears:
+        settings["limit_mm_per_prompt"] = {"audio": max(clips, 1)}
+    if folder.family == "qwen2_5_omni":
+        settings["limit_mm_per_prompt"] |= {"image": 0, "video": 0}
+    try:
+        args = EngineArgs(
+            model=str(folder.path),
+            dtype=folder.settings.dtype,
+            trust_remote_code=folder.settings.trust_remote_code,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            tensor_parallel_size=config.tensor_parallel_size,
+            enforce_eager=config.enforce_eager,
+            seed=seed,
+            disable_log_stats=True,
+            use_tqdm_on_load=level in ("INFO", "DEBUG"),
+            **settings,
+        )
+        return LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise KdpipeError(
+            f"{folder.name}: vLLM could not start the model in {folder.path}: {reason}\n"
+            "Messages of the engine stand above, more with KDPIPE_VLLM_LOG=info. If it is memory: lower "
+            "engine.max_num_seqs, engine.max_model_len or engine.gpu_memory_utilization (on CPU engine.cpu_kv_cache_gib)."
+        ) from error
+
+
+def _stop(llm: Any, others: set[int]) -> None:
+    """Ends the engine's processes: asks vLLM first, then makes sure."""
+    import psutil
+
+    started = [child for child in _children() if child.pid not in others]
+    if llm is not None:
+        with contextlib.suppress(Exception):
+            llm.engine_core.shutdown(timeout=_GRACE_SECONDS)
+    _, left = psutil.wait_procs(started, timeout=_GRACE_SECONDS if llm is None else 1.0)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=_GRACE_SECONDS)
+
+
+def _children() -> list[Any]:
+    """Processes below this one, but not the resource tracker that Python keeps for all of them."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def _sampling_params(sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    return SamplingParams(
+        n=1 if sampling.temperature == 0 else sampling.n,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        structured_outputs=StructuredOutputsParams(regex=sampling.regex) if sampling.regex is not None else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: Any) -> Completion | Rejected:
+    outputs = tuple(
+        Output(item.text, str(item.finish_reason), len(item.token_ids))
+        for item in sorted(output.outputs, key=lambda item: item.index)
+    )
+    broken = {item.finish_reason for item in outputs} - {"stop", "length"}
+    if broken or not outputs:
+        return Rejected("engine_refused", f"vLLM ended the request with {', '.join(sorted(broken)) or 'no output'}")
+    return Completion(len(output.prompt_token_ids or ()), outputs)

@@ -1,0 +1,154 @@
+"""The Parquet table of traces: one row a sample, and how other stages read it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdpipe.data.errors import StoreError
+from kdpipe.data.ledger import Ledger, Row
+from kdpipe.stages.base import Context
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SOURCE = "trace"
+"""The one source of this stage's rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """What textualize knows of one sample.
+
+    Attributes:
+        id: sample id.
+        key: the key it was made under.
+        description: the clip in words.
+        trace: reasoning and response in canonical form (`TraceSchema.render`): what the student learns to write.
+        sections: the trace's sections by name.
+        response: its response.
+        answer_match: whether the response matches the manifest's answer; None when there is none.
+        audio_samples: length of each clip in samples at `audio_rate`.
+        audio_rate: sample rate of the describer (Hz).
+    """
+
+    id: str
+    key: str
+    description: str
+    trace: str
+    sections: Mapping[str, str]
+    response: str
+    answer_match: bool | None
+    audio_samples: tuple[int, ...]
+    audio_rate: int
+
+    @property
+    def audio_seconds(self) -> float:
+        """Length of all clips together (seconds)."""
+        return sum(self.audio_samples) / self.audio_rate
+
+
+def section_column(name: str) -> str:
+    """`PLANNING` to `section_planning`."""
+    return f"section_{name.lower()}"
+
+
+def schema(sections: Sequence[str]) -> pa.Schema:
+    """The columns of a part.
+
+    `describe_*` are null where the manifest brought the description; `trace_*`, `candidate`, and `finish_reason`
+    where it brought the trace. Token counts are those of the one call; `trace_completion_tokens` is that of the kept
+    candidate. `sampling` holds both calls' settings as JSON.
+    """
+    import pyarrow as pa
+
+    text, count = pa.string(), pa.int64()
+    columns = {
+        "id": text,
+        "key": text,
+        "description": text,
+        "trace": text,
+        **{section_column(name): text for name in sections},
+        "response": text,
+        "answer_match": pa.bool_(),
+        "finish_reason": text,
+        "candidate": count,
+        "describe_prompt_tokens": count,
+        "describe_completion_tokens": count,
+        "describe_finish_reason": text,
+        "trace_prompt_tokens": count,
+        "trace_completion_tokens": count,
+        "audio_seconds": pa.float64(),
+        "audio_samples": pa.list_(count),
+        "audio_rate": count,
+        "describe_model": text,
+        "trace_model": text,
+        "sampling": text,
+    }
+    return pa.schema(list(columns.items()))
+
+
+def to_table(records: Sequence[Mapping[str, Any]], sections: Sequence[str]) -> pa.Table:
+    """A part's table from one mapping a sample; columns that a record lacks are null."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist([dict(record) for record in records], schema=schema(sections))
+
+
+def read_traces(source: Context | Ledger) -> dict[str, TraceRow]:
+    """All traces that the ledger of textualize holds, by sample id.
+
+    Args:
+        source: the context of a run, or the ledger itself.
+
+    Raises:
+        StoreError: a part is missing or damaged; names it.
+    """
+    ledger = source.ledger("textualize") if isinstance(source, Context) else source
+    places: dict[str, list[Row]] = defaultdict(list)
+    for row in ledger.rows():
+        if row.source == SOURCE:
+            places[row.part].append(row)
+    traces = {}
+    for part, rows in sorted(places.items()):
+        records = _read_part(ledger.parts / part)
+        for row in rows:
+            record = records[row.row] if row.row < len(records) else None
+            if record is None or record["id"] != row.id:
+                raise StoreError(
+                    f"{ledger.parts / part}: row {row.row} is not sample {row.id!r}. Remove {ledger.folder} and run "
+                    "`kdpipe textualize` again, or restore the file from a copy."
+                )
+            traces[row.id] = _trace_row(record)
+    return traces
+
+
+def _read_part(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, page_checksum_verification=True).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(
+            f"{path}: cannot be read ({error}). Remove {path.parents[1]} and run `kdpipe textualize` again, "
+            "or restore the file from a copy."
+        ) from None
+
+
+def _trace_row(record: Mapping[str, Any]) -> TraceRow:
+    prefix = section_column("")
+    return TraceRow(
+        id=record["id"],
+        key=record["key"],
+        description=record["description"],
+        trace=record["trace"],
+        sections={name.removeprefix(prefix).upper(): text for name, text in record.items() if name.startswith(prefix)},
+        response=record["response"],
+        answer_match=record["answer_match"],
+        audio_samples=tuple(record["audio_samples"]),
+        audio_rate=record["audio_rate"],
+    )

@@ -1,0 +1,216 @@
+"""What a training step reads: clips and prompts for the student, and what the teachers said, from the store.
+
+Everything here runs in threads ahead of the step. No teacher's weights are needed, and none are opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdpipe.data.audio import decode
+from kdpipe.data.errors import KdpipeError, Rejected, StoreError
+from kdpipe.data.manifest import Sample
+from kdpipe.data.store.format import TARGET_IDS, TOP, lens_prefix
+from kdpipe.data.store.reader import Store, StoredDistribution
+from kdpipe.data.stream import StreamState
+from kdpipe.stages.config import Config
+from kdpipe.stages.models.inputs import Encoder, Example
+from kdpipe.stages.models.prompt import fill
+from kdpipe.stages.train.losses import Distribution
+from kdpipe.stages.train.objective import MicroBatch
+from kdpipe.stages.train.terms import Terms
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The samples of one optimizer step.
+
+    Attributes:
+        after: the stream's state once the step is done.
+        micros: its micro-batches.
+        response_tokens: of all micro-batches together; the normalizer of most terms.
+        audio_tokens: likewise; the normalizer of the acoustic term.
+        tokens: whole sequences, without padding.
+    """
+
+    after: StreamState
+    micros: tuple[MicroBatch, ...]
+    response_tokens: int
+    audio_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One sample with all that is known about it; fields as in `MicroBatch`, for one sequence."""
+
+    example: Example
+    textual: Mapping[int, StoredDistribution]
+    acoustic_top: StoredDistribution | None
+    textual_states: Mapping[int, torch.Tensor]
+    acoustic_states: Mapping[int, torch.Tensor]
+
+
+class Reader:
+    """Loads global batches.
+
+    Args:
+        config: the configuration.
+        terms: what the objective needs of the teachers.
+        encoder: the student's tokenizer and feature extractor.
+        samples: samples by id.
+        store: the teacher store.
+        lengths: tokens of each sample's whole sequence when it was cached.
+        teacher_layers: depth of the textual teacher, whose last layer's lens is stored as the top; 0 without one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        terms: Terms,
+        encoder: Encoder,
+        samples: Mapping[str, Sample],
+        store: Store,
+        lengths: Mapping[str, int],
+        teacher_layers: int,
+    ):
+        self._config = config
+        self._terms = terms
+        self._encoder = encoder
+        self._samples = samples
+        self._store = store
+        self._lengths = lengths
+        self._teacher_layers = teacher_layers
+        taught = set(terms.layers.values())
+        lens = taught if terms.match == "lens" else set()
+        self._lens = tuple(sorted(lens | ({teacher_layers} if terms.top > 0 else set())))
+        self._states = tuple(sorted(taught)) if terms.match == "hidden" else ()
+        temperature = 1.0 if terms.compared is None else terms.compared.temperature
+        self._temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
+
+    def load(self, item: tuple[StreamState, Sequence[str]]) -> GlobalBatch:
+        """Reads the samples of a global batch and forms its micro-batches.
+
+        Raises:
+            StoreError: something cached is damaged or missing.
+            KdpipeError: a clip that could be decoded when it was cached cannot be decoded now.
+        """
+        after, ids = item
+        reads = [self._read(self._samples[sample]) for sample in ids]
+        groups = split_by_padded_size([read.example.length for read in reads], self._config.train.micro_batch_tokens)
+        micros = tuple(self._collate([reads[place] for place in group]) for group in groups)
+        return GlobalBatch(
+            after,
+            micros,
+            sum(len(micro.batch.targets) for micro in micros),
+            sum(len(micro.batch.audio_rows) for micro in micros),
+            sum(read.example.length for read in reads),
+        )
+
+    def _read(self, sample: Sample) -> _Read:
+        example = self._example(sample)
+        textual: dict[int, StoredDistribution] = {}
+        states: dict[int, torch.Tensor] = {}
+        if self._lens or self._states:
+            part, row = self._store.get(sample.id, "textual")
+            for layer in self._lens:
+                prefix = TOP if layer == self._teacher_layers else lens_prefix(layer)
+                textual[layer] = part.distribution(row, prefix, k=self._k, temperatures=self._temperatures)
+            states = {layer: part.hidden(row, layer) for layer in self._states}
+        acoustic_top = None
+        if self._terms.acoustic_top > 0:
+            part, row = self._store.get(sample.id, "acoustic_top")
+            acoustic_top = part.distribution(row, TOP, k=self._k, temperatures=self._temperatures)
+        heard: dict[int, torch.Tensor] = {}
+        if self._terms.acoustic_layers:
+            part, row = self._store.get(sample.id, "acoustic")
+            heard = {layer: part.hidden(row, layer) for layer in self._terms.acoustic_layers}
+        return _Read(example, textual, acoustic_top, states, heard)
+
+    @property
+    def _k(self) -> int | None:
+        return None if self._terms.compared is None else self._terms.compared.k
+
+    def _example(self, sample: Sample) -> Example:
+        student = self._config.student
+        try:
+            clips = [
+                decode(
+                    ref,
+                    rate=self._encoder.rate,
+                    start=sample.start,
+                    end=sample.end,
+                    max_seconds=self._config.data.max_seconds,
+                )
+                for ref in sample.audio
+            ]
+            prompt = self._encoder.prompt_text(fill(student.prompt, sample), system=student.system, clips=len(clips))
+            prompt_ids = self._encoder.prompt_ids(prompt, [len(clip) for clip in clips])
+            features = self._encoder.features(clips)
+        except Rejected as rejected:
+            raise KdpipeError(
+                f"sample {sample.id!r}: {rejected.detail} ({rejected.reason}); it could be read when the teachers "
+                "were cached. Restore the clip, or run `kdpipe cache-teachers`."
+            ) from None
+        part, row = self._store.get(sample.id, "targets")
+        example = Example(sample.id, prompt_ids, part.read(row, [TARGET_IDS])[TARGET_IDS].tolist(), features)
+        if example.length != self._lengths[sample.id]:
+            raise StoreError(
+                f"sample {sample.id!r}: {example.length} tokens, but {self._lengths[sample.id]} when it was cached. "
+                "The tokenizer library changed its ways; remove the cache-teachers folder and run "
+                "`kdpipe cache-teachers`."
+            )
+        return example
+
+    def _collate(self, reads: Sequence[_Read]) -> MicroBatch:
+        batch = self._encoder.collate([read.example for read in reads])
+        first = reads[0]
+        given = [*first.textual.values(), *([first.acoustic_top] if first.acoustic_top is not None else [])]
+        return MicroBatch(
+            batch,
+            {layer: _joined([read.textual[layer] for read in reads]) for layer in first.textual},
+            None if first.acoustic_top is None else _joined([r.acoustic_top for r in reads if r.acoustic_top]),
+            {layer: _rows([r.textual_states[layer] for r in reads]) for layer in first.textual_states},
+            {layer: _rows([r.acoustic_states[layer] for r in reads]) for layer in first.acoustic_states},
+            given[0].block_bounds[:-1] if given else (0,),
+        )
+
+
+def split_by_padded_size(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Groups sequences so that each group, padded to its longest, has at most `budget` tokens.
+
+    From long to short, so that little is padded; a sequence beyond the budget is a group of its own.
+
+    Args:
+        lengths: tokens of each sequence.
+        budget: tokens of a group, padding included.
+
+    Returns:
+        Places in `lengths`.
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def _rows(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(states))
+
+
+def _joined(given: Sequence[StoredDistribution]) -> Distribution:
+    """Distributions of several samples one after the other."""
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([getattr(one, name) for one in given]))
+
+    return Distribution(
+        joined("ids"), joined("logprob"), joined("log_z"), joined("log_tail"), tuple(given[0].temperatures)
+    )

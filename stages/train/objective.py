@@ -1,0 +1,202 @@
+"""The loss of one micro-batch: every term as a sum over its tokens, from one forward pass and one pass over the head.
+
+Dimension key: N response tokens of the micro-batch, A audio tokens, M rows of the output head (N for the last layer
+and N more for each further lens layer), H width of the student, W width of the textual teacher, V rows of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.inputs import Batch
+from kdpipe.stages.models.loaded import LoadedModel
+from kdpipe.stages.models.vocabulary import Alignment
+from kdpipe.stages.train.losses import Distribution, Divergence, Projection, TeacherRows, head_terms, hidden_loss
+from kdpipe.stages.train.terms import Terms
+
+OVER_AUDIO = "acoustic"
+"""The one term that is a sum over audio tokens; the others are sums over response tokens."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward pass, with what the teachers say about them in the same order of tokens.
+
+    Attributes:
+        batch: the student's inputs.
+        textual: textual teacher's distributions by its layer, its last layer included: N rows each.
+        acoustic_top: acoustic teacher's distribution over the response, or None.
+        textual_states: textual teacher's states [N, W] by its layer.
+        acoustic_states: acoustic teacher's states [A, H] by layer.
+        block_starts: first ids of the vocabulary blocks of the tails.
+    """
+
+    batch: Batch
+    textual: Mapping[int, Distribution]
+    acoustic_top: Distribution | None
+    textual_states: Mapping[int, torch.Tensor]
+    acoustic_states: Mapping[int, torch.Tensor]
+    block_starts: tuple[int, ...]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(
+            self.batch.to(device),
+            {layer: _moved(given, device) for layer, given in self.textual.items()},
+            None if self.acoustic_top is None else _moved(self.acoustic_top, device),
+            {layer: states.to(device) for layer, states in self.textual_states.items()},
+            {layer: states.to(device) for layer, states in self.acoustic_states.items()},
+            self.block_starts,
+        )
+
+
+def _moved(given: Distribution, device: torch.device) -> Distribution:
+    return Distribution(
+        given.ids.to(device),
+        given.logprob.to(device),
+        given.log_z.to(device),
+        given.log_tail.to(device),
+        given.temperatures,
+    )
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a micro-batch adds to its global batch.
+
+    Attributes:
+        terms: term to its unweighted sum over tokens (nats, or distance), with gradients; `sft` is always there.
+        diagnostics: name to a sum over response tokens, without gradients.
+    """
+
+    terms: Mapping[str, torch.Tensor]
+    diagnostics: Mapping[str, torch.Tensor]
+
+
+class Objective:
+    """Weighs the student against its teachers.
+
+    Args:
+        student: the model in training.
+        terms: what to compare.
+        teacher: the textual teacher's folder, for its depth and width; None where no term needs it.
+        alignment: ids that distributions are compared over; None where none are compared.
+        seed: of the projections' initial values.
+    """
+
+    def __init__(
+        self,
+        student: LoadedModel,
+        terms: Terms,
+        *,
+        teacher: ModelFolder | None,
+        alignment: Alignment | None,
+        seed: int,
+    ):
+        self._student = student
+        self._terms = terms
+        self._teacher_layers = 0 if teacher is None else teacher.layers
+        self._alignment = alignment
+        self.projections = nn.ModuleDict()
+        if terms.match == "hidden" and teacher is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for layer in terms.layers:
+                self.projections[str(layer)] = Projection(student.width, teacher.width, generator)
+        self.projections.to(student.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return self._student.device
+
+    def __call__(self, micro: MicroBatch) -> Sums:
+        """Runs the student and compares.
+
+        Args:
+            micro: on the student's device.
+        """
+        terms, batch = self._terms, micro.batch
+        depth = len(self._student.layers)
+        lens = [layer for layer in terms.layers if layer != depth] if terms.match == "lens" else []
+        inner = list(terms.layers) if terms.match == "hidden" else lens
+        with (
+            self._student.capture(inner, batch.response_rows) as states_NH,
+            self._student.capture(terms.acoustic_layers, batch.audio_rows) as heard_AH,
+        ):
+            hidden_BLH = self._student.hidden(batch)
+        last_NH = hidden_BLH.flatten(0, 1)[batch.response_rows]
+        sums, diagnostics = self._head(micro, last_NH, {layer: states_NH[layer] for layer in lens})
+        if terms.match == "hidden" and terms.distance is not None:
+            sums["layer"] = _total(
+                hidden_loss(
+                    states_NH[layer], micro.textual_states[theirs], self.projections[str(layer)], terms.distance
+                ).sum()
+                for layer, theirs in terms.layers.items()
+            )
+        if terms.acoustic_layers and terms.distance is not None:
+            distances = [
+                hidden_loss(heard_AH[layer], micro.acoustic_states[layer], None, terms.distance).sum()
+                for layer in terms.acoustic_layers
+            ]
+            sums[OVER_AUDIO] = _total(distances) / len(distances)
+        return Sums(sums, diagnostics)
+
+    def _head(
+        self, micro: MicroBatch, last_NH: torch.Tensor, lens_NH: Mapping[int, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Labels, top, lens layers and acoustic top through the output head at once."""
+        terms, targets_N = self._terms, micro.batch.targets
+        count = len(targets_N)
+        hidden_MH = torch.cat([last_NH, *(self._student.final_norm(states) for states in lens_NH.values())])
+        labels_M = torch.cat([targets_N, targets_N.new_full((len(hidden_MH) - count,), -1)])
+
+        # Group 0 of the rows is the last layer, the others are lens layers. The lens of the last layer against the
+        # teacher's last layer is the top itself, and is computed once for both terms.
+        group = {layer: place + 1 for place, layer in enumerate(lens_NH)}
+        top = (0, self._teacher_layers)
+        lens = [(group.get(ours, 0), theirs) for ours, theirs in terms.layers.items()] if terms.match == "lens" else []
+        pairs = list(dict.fromkeys([top, *lens] if terms.top > 0 else lens))
+        teachers = [
+            TeacherRows(slice(place * count, (place + 1) * count), micro.textual[theirs]) for place, theirs in pairs
+        ]
+        if micro.acoustic_top is not None:
+            teachers.append(TeacherRows(slice(0, count), micro.acoustic_top))
+
+        compared = terms.compared
+        result = head_terms(
+            hidden_MH,
+            self._student.head_weight,
+            labels_M,
+            teachers,
+            divergence=Divergence("jsd") if compared is None else Divergence(compared.kind, compared.beta),
+            temperature=1.0 if compared is None else compared.temperature,
+            t_squared=compared is not None and compared.t_squared,
+            blocks=micro.block_starts if len(micro.block_starts) > 1 else None,
+            valid_vocab=None if self._alignment is None else self._alignment.valid,
+            masked_ids=() if self._alignment is None else self._alignment.masked,
+        )
+        values = {pair: value.sum() for pair, value in zip(pairs, result.divergence, strict=False)}
+        sums, diagnostics = {"sft": result.cross_entropy.sum()}, {}
+        if terms.top > 0:
+            sums["top"] = values[top]
+        if lens:
+            sums["layer"] = _total(values[pair] for pair in lens)
+        if micro.acoustic_top is not None:
+            sums["acoustic_top"] = result.divergence[-1].sum()
+        if top in values:
+            seen = result.diagnostics[pairs.index(top)]
+            diagnostics = {
+                "agreement": seen.agreement.sum(),
+                "teacher_kept": seen.teacher_kept.sum(),
+                "student_kept": seen.student_kept.sum(),
+            }
+        return sums, diagnostics
+
+
+def _total(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(values)).sum()

@@ -1,0 +1,148 @@
+"""One run of the train stage: loads, trains or goes on, exports, records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from kdpipe.data.errors import KdpipeError
+from kdpipe.data.files import build_aside, move_into_place
+from kdpipe.data.hashing import digest
+from kdpipe.data.ledger import Row
+from kdpipe.data.store.reader import Store
+from kdpipe.data.stream import Entry, Stream
+from kdpipe.stages.base import Context, StagePlan
+from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
+from kdpipe.stages.config import identity_of
+from kdpipe.stages.models.inputs import Encoder
+from kdpipe.stages.models.loaded import LoadedModel, load_model
+from kdpipe.stages.train.card import Made, model_card
+from kdpipe.stages.train.data import Reader
+from kdpipe.stages.train.export import published_names, write_student
+from kdpipe.stages.train.loop import Place, train
+from kdpipe.stages.train.metrics import read_metrics
+from kdpipe.stages.train.objective import Objective
+from kdpipe.stages.train.optimizer import Optimizer, freeze
+from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
+from kdpipe.stages.train.terms import Terms, resolve_terms
+
+_NEVER_TRAINED = {
+    "qwen2_audio": ("audio_tower.embed_positions.",),
+    "qwen2_5_omni": ("visual.", "audio_tower.audio_bos_eos_token."),
+}
+"""What transformers keeps fixed (sinusoidal positions) and what no training sample reaches."""
+
+
+def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
+    """Trains the student that `plans` ask for and records it.
+
+    Args:
+        ctx: the run.
+        plans: of this stage and those upstream, as things are on disk.
+
+    Raises:
+        KdpipeError: something upstream is not fresh, or training cannot go on; says why.
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    plan, config = plans[STAGE.name], ctx.config.train
+    waiting = [want for want in plan.wanted if want.pending is not None]
+    if waiting or not plan.wanted:
+        raise KdpipeError(
+            f"train: {waiting[0].pending if waiting else 'cache-teachers'} is not done for {len(waiting)} samples "
+            f"and {len(plan.wanted) - len(waiting)} are ready. Run `kdpipe train`, which runs what it needs."
+        )
+    needs = requirements(ctx)
+    base, terms = needs.student, resolve_terms(ctx.config, needs)
+    ledger = plans["cache-teachers"].ledger
+    targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
+    stream = _stream(config.seed, config.global_batch_tokens, config.window_parts, config.epochs, targets)
+    total = stream.total_steps if config.max_steps is None else min(stream.total_steps, config.max_steps)
+    samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
+    reader = Reader(
+        ctx.config,
+        terms,
+        Encoder(base),
+        samples,
+        Store(ledger.parts, ledger),
+        {sample: row.length for sample, row in targets.items()},
+        needs.textual.layers if needs.textual is not None else 0,
+    )
+    place = Place(ctx.folder(STAGE.name), ctx.tmp(STAGE.name), student_identity(plan), ctx.say)
+    with _reproducible(config.seed):
+        student = load_model(base, device=config.device, train=True)
+        optimizer, objective = _prepare(ctx, student, terms, needs, total)
+        train(config, place, objective, terms.weights, optimizer, stream, reader, total)
+    ctx.recheck([samples[want.id] for want in plan.wanted])
+    made = Made(
+        base=base,
+        textual=needs.textual,
+        acoustic=needs.acoustic,
+        terms=terms,
+        settings=identity_of(config),
+        samples=len(plan.wanted),
+        response_tokens=sum(row.tokens for row in targets.values()),
+        steps=total,
+        identity=place.identity,
+        metrics=read_metrics(place.metrics),
+    )
+    with build_aside(place.tmp) as built:
+        write_student(built, base, student.model, model_card(made))
+        move_into_place(built, place.folder / SOURCE)
+    rows = [
+        Row(want.id, SOURCE, want.key, want.fields, SOURCE, content=place.identity, tokens=targets[want.id].tokens)
+        for want in plan.wanted
+    ]
+    ctx.ledger(STAGE.name).commit(rows, drop=plan.removed)
+    ctx.say(f"train: {total} steps on {len(rows)} samples; the student lies in {place.folder / SOURCE}")
+
+
+def _stream(seed: int, batch_tokens: int, window_parts: int, epochs: int, targets: Mapping[str, Row]) -> Stream:
+    entries = [Entry(sample, row.part, row.length) for sample, row in sorted(targets.items())]
+    return Stream(
+        entries,
+        digest=digest(entries),
+        seed=seed,
+        batch_tokens=batch_tokens,
+        window_parts=window_parts,
+        epochs=epochs,
+    )
+
+
+def _prepare(
+    ctx: Context, student: LoadedModel, terms: Terms, needs: Requirements, total: int
+) -> tuple[Optimizer, Objective]:
+    config, model, base = ctx.config.train, student.model, student.folder
+    names = published_names(model, base)
+    freeze(model, names, _NEVER_TRAINED.get(base.family, ()), base.family)
+    frozen = freeze(model, names, config.freeze, base.family)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = Objective(
+        student,
+        terms,
+        teacher=needs.textual,
+        alignment=needs.alignment,
+        seed=config.seed,
+    )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = sum(parameter.numel() for parameter in trained.values())
+    ctx.say(f"train: {weights:,} weights trained, {frozen:,} frozen, {total} steps on {student.device}")
+    return Optimizer(trained, dict(objective.projections.named_parameters()), config, total), objective
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """Seeds torch and asks for algorithms that give the same bits each time, where there are such."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,0 +1,97 @@
+"""The train stage: one student from all samples together. Light: `run` imports what it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from kdpipe.data.hashing import digest
+from kdpipe.stages.base import Context, StagePlan, Wanted, compare
+from kdpipe.stages.cache_teachers.requirements import requirements
+from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
+from kdpipe.stages.config import identity_of
+from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
+from kdpipe.stages.textualize.stage import sample_fields
+from kdpipe.stages.train.terms import resolve_terms
+
+SOURCE = "student"
+_OF_SAMPLE = ("audio", "span", "question", "choices")
+_OBJECTIVE = ("weights", "divergence", "beta", "temperature", "scale_by_temperature_squared")
+
+
+class TrainStage:
+    """Trains the student from the cached teachers and writes `train/student`."""
+
+    name = "train"
+    version = 1
+    needs = ("textualize", "cache-teachers")
+    whole = True
+
+    def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
+        """One want for each training sample that nothing upstream rejected.
+
+        Raises:
+            KdpipeError: the manifest or a model folder cannot be read, or the objective is empty.
+        """
+        config = ctx.config
+        needs = requirements(ctx)
+        terms = resolve_terms(config, needs)
+        settings = {name: value for name, value in identity_of(config.train).items() if name not in _OBJECTIVE}
+        shared = {
+            "version": str(self.version),
+            "objective": digest(terms.identity()),
+            "optimization": digest(settings),
+            "student": needs.student.digest(ctx.prints),
+            "prompt": digest([config.student.system, config.student.prompt]),
+        }
+        cache = plans[CACHE_TEACHERS.name]
+        cached: dict[str, list[Wanted]] = {}
+        for want in cache.wanted:
+            cached.setdefault(want.id, []).append(want)
+        wants = []
+        for sample in ctx.samples(config.data.train_split):
+            upstream = cached.get(sample.id, [])
+            if not upstream or any((want.id, want.source) in cache.rejected for want in upstream):
+                continue
+            heard = sample_fields(ctx, sample)
+            fields = shared | {name: heard[name] for name in _OF_SAMPLE}
+            waiting = [want for want in upstream if (want.id, want.source) not in cache.fresh]
+            if waiting:
+                pending = next((want.pending for want in waiting if want.pending), CACHE_TEACHERS.name)
+                wants.append(Wanted(sample.id, SOURCE, fields, pending=pending))
+                continue
+            for want in upstream:
+                row = cache.ledger.get(want.id, want.source)
+                assert row is not None
+                fields[want.source] = row.content or row.key
+            wants.append(Wanted(sample.id, SOURCE, fields))
+        return wants
+
+    def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:
+        """Trains on all that is wanted, exports the student, and records it for every sample.
+
+        Raises:
+            KdpipeError: training cannot start or go on; says why.
+            KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written.
+        """
+        # cuBLAS reads this once, when CUDA starts; without it, matrix products differ from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        from kdpipe.stages.train.run import run
+
+        run(ctx, current_plans(ctx))
+
+
+def current_plans(ctx: Context) -> dict[str, StagePlan]:
+    """Plans of this stage and of those it reads, as things are on disk now."""
+    plans: dict[str, StagePlan] = {}
+    for stage in (TEXTUALIZE, CACHE_TEACHERS, STAGE):
+        plans[stage.name] = compare(stage.name, stage.wanted(ctx, plans), ctx.ledger(stage.name))
+    return plans
+
+
+def student_identity(plan: StagePlan) -> str:
+    """Identity of the student that a plan of this stage asks for."""
+    return digest(sorted(want.key for want in plan.wanted))
+
+
+STAGE = TrainStage()

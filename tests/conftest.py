@@ -1,0 +1,29 @@
+"""What several rooms' tests share: one family of miniatures, and the real recordings where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from kdpipe.stages.miniature.models import Miniatures
+
+RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "audio"
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Miniatures:
+    """Untaught miniature checkpoints of all supported families; read only."""
+    from kdpipe.stages.miniature.models import make_family
+
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    """The folder of real recordings (`fsdd/`, `esc10/`)."""
+    if not RECORDINGS.is_dir():
+        pytest.skip("the folder of real recordings, shared/audio, does not lie beside this checkout")
+    return RECORDINGS
