@@ -22,6 +22,8 @@ _DIGEST_CHARS = 32
 _BLOCK_BYTES = 1 << 22
 _RACY_NS = 2_000_000_000
 
+_Entry = tuple[int, int, int, int, str]  # size, mtime, ctime, inode, digest
+
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
@@ -63,7 +65,7 @@ def digest_file(path: Path) -> str:
 
 
 class Fingerprints:
-    """File digests remembered by path, size, modification time and inode.
+    """File digests remembered by path, size, modification and change time, and inode.
 
     A file modified within two seconds of being hashed is hashed again next time, as git does with its index:
     a later write could leave the same size and time stamp.
@@ -77,26 +79,26 @@ class Fingerprints:
     def __init__(self, memory: Path | None = None):
         self._memory = memory
         self._base = str(memory.parent.parent) if memory is not None else "/"
-        self._known: dict[str, tuple[int, int, int, str]] = {}
-        self._fresh: dict[str, tuple[int, int, int, str]] = {}
-        self._seen: dict[str, tuple[int, int, int, str]] = {}
+        self._known: dict[str, _Entry] = {}
+        self._fresh: dict[str, _Entry] = {}
+        self._seen: dict[str, _Entry] = {}
         if memory is not None and memory.exists():
             try:
                 with closing(
                     sqlite3.connect(f"{memory.absolute().as_uri()}?mode=ro", uri=True, timeout=10)
                 ) as connection:
-                    rows = connection.execute("SELECT path, size, mtime, inode, digest FROM files")
+                    rows = connection.execute("SELECT path, size, mtime, ctime, inode, digest FROM prints")
                     self._known = {row[0]: tuple(row[1:]) for row in rows}  # type: ignore[misc]
             except sqlite3.Error:
                 self._known = {}
 
     @staticmethod
-    def _stat(path: Path | str) -> tuple[int, int, int]:
+    def _stat(path: Path | str) -> tuple[int, int, int, int]:
         info = os.stat(path)
-        return info.st_size, info.st_mtime_ns, info.st_ino
+        return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
     def file(self, path: Path) -> str:
-        """Digest of a file's content; read only if size, time or inode differ from what is remembered.
+        """Digest of a file's content; read only if size, times or inode differ from what is remembered.
 
         Raises:
             OSError: the file is missing or cannot be read.
@@ -105,16 +107,16 @@ class Fingerprints:
         name = os.path.relpath(full, self._base)
         stat = self._stat(full)
         known = self._fresh.get(name) or self._known.get(name)
-        if known is not None and known[:3] == stat:
+        if known is not None and known[:4] == stat:
             self._seen[full] = known
-            return known[3]
+            return known[4]
         value = digest_file(path)
         if self._stat(full) != stat:
             raise KdpipeError(f"{path}: changed while it was being read. Run again when it is complete.")
-        entry = (*stat, value)
-        self._seen[full] = entry
-        if time.time_ns() - stat[1] > _RACY_NS:
-            self._fresh[name] = entry
+        if time.time_ns() - max(stat[1], stat[2]) > _RACY_NS:
+            self._seen[full] = self._fresh[name] = (*stat, value)
+        else:
+            self._seen[full] = (-1, -1, -1, -1, value)
         return value
 
     def folder(self, folder: Path, suffixes: Sequence[str]) -> str:
@@ -129,12 +131,15 @@ class Fingerprints:
         return digest({name: self.file(folder / name) for name in names})
 
     def changed(self, paths: Iterable[Path]) -> list[Path]:
-        """Those of `paths` whose size, time or inode differ from when this object saw them, or that are gone."""
+        """Those of `paths` that this object saw and whose content is another now, or that are gone since.
+
+        A file is read again only where its size, times or inode leave it open.
+        """
         moved = []
         for path in paths:
             seen = self._seen.get(str(path))
             try:
-                if seen is not None and self._stat(path) != seen[:3]:
+                if seen is not None and self._stat(path) != seen[:4] and digest_file(path) != seen[4]:
                     moved.append(path)
             except OSError:
                 moved.append(path)
@@ -148,11 +153,11 @@ class Fingerprints:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self._memory, timeout=30)) as connection, connection:
                 connection.execute(
-                    "CREATE TABLE IF NOT EXISTS files"
-                    " (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, digest TEXT)"
+                    "CREATE TABLE IF NOT EXISTS prints"
+                    " (path TEXT PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, digest TEXT)"
                 )
                 connection.executemany(
-                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO prints VALUES (?, ?, ?, ?, ?, ?)",
                     [(name, *entry) for name, entry in self._fresh.items()],
                 )
         except sqlite3.OperationalError:

@@ -16,6 +16,7 @@ error there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ def block_bounds(valid: int, blocks: int) -> tuple[int, ...]:
     first = min(_FIRST_BLOCK, max(1, valid >> (blocks - 1)))
     ratio = valid / first
     bounds = (0, *(round(first * ratio ** (step / (blocks - 1))) for step in range(blocks)))
-    if any(low >= high for low, high in zip(bounds, bounds[1:], strict=False)):
+    if any(low >= high for low, high in pairwise(bounds)):
         raise KdpipeError(f"teachers.tail_blocks: {blocks} is too many for {valid} shared ids. Choose fewer.")
     return bounds
 
@@ -70,7 +71,7 @@ def distribution(
         hidden_NH: states after the final norm, [N, H].
         weight_VH: output head, at least `alignment.valid` rows.
         k: entries to keep, at most the number of shared ids.
-        temperatures: the T temperatures; each is divided into the logits.
+        temperatures: the T temperatures that logits are divided by, 1 among them.
         bounds: B + 1 bounds of the vocabulary blocks, from 0 to `alignment.valid`.
         alignment: ids to normalize over.
         chunk: positions taken through the output head at once.
@@ -105,22 +106,18 @@ def _chunk(
         raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
     logits_RV[:, masked] = -torch.inf
     log_z_RT = torch.stack([torch.logsumexp(logits_RV / T, dim=1) for T in temperatures], dim=1)
-    log_z_R = torch.logsumexp(logits_RV, dim=1)
     kept_RK, ids_RK = torch.topk(logits_RV, k, dim=1)
     logits_RV.scatter_(1, ids_RK, -torch.inf)
     tails = []
     for column, T in enumerate(temperatures):
         left_RB = torch.stack(
-            [
-                torch.logsumexp(logits_RV[:, low:high] / T, dim=1)
-                for low, high in zip(bounds, bounds[1:], strict=False)
-            ],
+            [torch.logsumexp(logits_RV[:, low:high] / T, dim=1) for low, high in pairwise(bounds)],
             dim=1,
         )
         tails.append(left_RB - log_z_RT[:, column, None])
     return {
         "ids": ids_RK,
-        "logprob": kept_RK - log_z_R[:, None],
+        "logprob": kept_RK - log_z_RT[:, temperatures.index(1.0), None],
         "log_z": log_z_RT,
         "log_tail": torch.stack(tails, dim=1),
     }
@@ -130,6 +127,8 @@ def _logits(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
     """Logits [R, V] in float32: a product rounded to bfloat16 would be off by 0.1 at a logit of 20."""
     dtype = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
     wide_RH = hidden_RH.to(dtype)
-    if weight_VH.dtype == dtype:
-        return wide_RH @ weight_VH.T
-    return torch.cat([wide_RH @ rows_VH.to(dtype).T for rows_VH in weight_VH.split(_HEAD_ROWS)], dim=1)
+    logits_RV = wide_RH.new_empty(len(hidden_RH), len(weight_VH))
+    for low in range(0, len(weight_VH), _HEAD_ROWS):
+        rows_VH = weight_VH[low : low + _HEAD_ROWS].to(dtype)
+        torch.mm(wide_RH, rows_VH.T, out=logits_RV[:, low : low + _HEAD_ROWS])
+    return logits_RV

@@ -1,0 +1,121 @@
+"""One part of the teacher store in the making: units go in, and come out as ledger rows when it is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdpipe.data.files import build_aside
+from kdpipe.data.hashing import digest
+from kdpipe.data.ledger import Ledger, Reject, Row
+from kdpipe.data.manifest import Sample
+from kdpipe.data.store.format import FORMAT, ArraySpec
+from kdpipe.data.store.writer import PartWriter
+from kdpipe.stages.base import Context, Wanted
+
+
+class PartBuilder:
+    """A part being built; `building` makes it.
+
+    Args:
+        ctx: the run.
+        ledger: takes the finished part.
+        source: whose units these are.
+        path: where to build.
+        arrays: arrays of every unit.
+        attributes: of the part.
+        cover: what every unit holds beyond its key.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        ledger: Ledger,
+        source: str,
+        path: Path,
+        arrays: Sequence[ArraySpec],
+        attributes: Mapping[str, Any],
+        cover: Mapping[str, Any],
+    ):
+        self._ctx = ctx
+        self._ledger = ledger
+        self._source = source
+        self._path = path
+        self._cover = dict(cover)
+        self._writer = PartWriter(path, source=source, arrays=arrays, attributes=attributes)
+        self._units: list[tuple[str, str]] = []
+        self._rows: list[Row] = []
+
+    def add(
+        self,
+        wants: Sequence[Wanted],
+        arrays: Mapping[str, np.ndarray],
+        *,
+        length: int = 0,
+        content: str = "",
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adds one unit.
+
+        Args:
+            wants: the samples it serves, all under one key; a unit of several is named by the key, not by a sample.
+            arrays: `[tokens, *width]` by name.
+            length, content: as in `Row`.
+            info: further JSON values kept with the unit.
+        """
+        first = wants[0]
+        key, tokens = first.key, len(next(iter(arrays.values())))
+        about: dict[str, Any] = {"fields": dict(first.fields), "cover": self._cover, "length": length}
+        about |= {"content": content, **(info or {})}
+        unit_id = first.id
+        if self._source == "acoustic":
+            unit_id, about = key, about | {"samples": [{"id": want.id} for want in wants]}
+        place = self._writer.append(unit_id, key, arrays, about)
+        self._units.append((unit_id, key))
+        for want in wants:
+            row = Row(want.id, self._source, key, want.fields, "", place, tokens, length, content, self._cover)
+            self._rows.append(row)
+
+    def commit(
+        self,
+        samples: Iterable[Sample] = (),
+        *,
+        rejects: Iterable[Reject] = (),
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Finishes the part and takes it into the ledger, with rejections; a part without units leaves these alone.
+
+        Its name is the digest of its units' keys, so the same work gives the same name.
+
+        Args:
+            samples: whose clips were read; refused if one changed meanwhile.
+            rejects: to record.
+            attributes: known only now.
+        """
+        self._ctx.recheck(samples)
+        if not self._units:
+            self._ledger.commit(rejects=rejects)
+            return
+        self._writer.close(attributes)
+        name = digest([FORMAT, self._source, sorted(self._units), self._cover])[:16] + ".zarr"
+        rows = [replace(row, part=name) for row in self._rows]
+        self._ledger.commit(rows, rejects=rejects, built={name: self._path})
+
+
+@contextmanager
+def building(
+    ctx: Context,
+    ledger: Ledger,
+    source: str,
+    arrays: Sequence[ArraySpec],
+    attributes: Mapping[str, Any],
+    cover: Mapping[str, Any],
+) -> Iterator[PartBuilder]:
+    """A part built aside, and thrown away unless it is committed within the block."""
+    with build_aside(ledger.tmp, ".zarr") as path:
+        yield PartBuilder(ctx, ledger, source, path, arrays, attributes, cover)

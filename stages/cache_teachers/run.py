@@ -1,0 +1,255 @@
+"""One run of the stage: targets first, then one teacher at a time, each freed before the next is loaded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from kdpipe.data.audio import decode
+from kdpipe.data.errors import KdpipeError, ModelError, Rejected
+from kdpipe.data.ledger import Ledger, Reject, Row
+from kdpipe.data.manifest import Sample
+from kdpipe.data.store.format import TARGET_IDS
+from kdpipe.data.store.reader import Store
+from kdpipe.data.stream import prefetch
+from kdpipe.stages.base import Context, Wanted, check_reject_budget, covers
+from kdpipe.stages.cache_teachers.capture import Job, Scribe, write_down
+from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
+from kdpipe.stages.cache_teachers.stage import STAGE
+from kdpipe.stages.cache_teachers.targets import THREADS, make_targets, refuse_long
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.inputs import AUDIO_TOKEN, Encoder, Example
+from kdpipe.stages.models.loaded import load_model
+from kdpipe.stages.models.prompt import fill, refuse_special
+from kdpipe.stages.textualize.table import TraceRow, read_traces
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all sources share."""
+
+    ctx: Context
+    ledger: Ledger
+    needs: Requirements
+    samples: Mapping[str, Sample]
+    traces: Mapping[str, TraceRow]
+    store: Store
+
+
+def run(ctx: Context, todo: Sequence[Wanted]) -> None:
+    """Makes and commits `todo`, part by part.
+
+    Args:
+        ctx: the run.
+        todo: nothing pending.
+
+    Raises:
+        RejectBudgetError: too many samples were rejected; the good ones are kept.
+        KdpipeError: a model cannot be loaded, the tokenizers disagree, or an input changed meanwhile.
+    """
+    needs = requirements(ctx)
+    ledger = ctx.ledger(STAGE.name)
+    samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
+    work = _Work(ctx, ledger, needs, samples, read_traces(ctx), Store(ledger.parts, ledger))
+    wants: dict[str, list[Wanted]] = {source: [] for source in needs.sources}
+    for want in todo:
+        wants[want.source].append(want)
+    make_targets(ctx, ledger, needs, wants["targets"], samples, work.traces)
+    aligned = {row.id for row in ledger.rows() if row.source == "targets"}
+    later = {
+        source: [want for want in wants[source] if want.id in aligned]
+        for source in needs.sources
+        if source != "targets"
+    }
+    if later.get("textual"):
+        _textual(work, later["textual"])
+    if later.get("acoustic") or later.get("acoustic_top"):
+        _acoustic(work, later.get("acoustic", []), later.get("acoustic_top", []))
+    rejected = {r.id for r in ledger.rejects() if r.source in needs.sources and r.id in work.traces}
+    ctx.say(f"cache-teachers: {len(aligned)} samples, {len(rejected)} rejected")
+    check_reject_budget(ctx, STAGE.name, len(work.traces), len(rejected))
+
+
+def _textual(work: _Work, wants: Sequence[Wanted]) -> None:
+    folder, config = work.needs.textual, work.ctx.config.teachers
+    assert folder is not None
+    encoder = Encoder(folder)
+    asks = config.textual
+
+    def build(want: Wanted) -> Job:
+        sample, description = work.samples[want.id], work.traces[want.id].description
+        refuse_special((sample.question, *sample.choices, description), encoder.special)
+        text = encoder.prompt_text(
+            fill(asks.prompt, sample, description), system=asks.system, **asks.chat_template_kwargs
+        )
+        example = _with_targets(work, sample, encoder.prompt_ids(text))
+        return Job((want,), (sample,), example, _kept_too(work, want))
+
+    jobs = _build_all(work, wants, build)
+    _run_teacher(work, folder, encoder, [("textual", jobs, "response")])
+
+
+def _acoustic(work: _Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) -> None:
+    folder, student = work.needs.acoustic, work.ctx.config.student
+    assert folder is not None
+    encoder = Encoder(folder)
+
+    def job(wants: Sequence[Wanted], example: Example, cover: Mapping[str, Any]) -> Job:
+        tower = sum(encoder.tower_positions(frames) for frames in _frames(work, wants[0].id))
+        return Job(tuple(wants), tuple(work.samples[want.id] for want in wants), example, cover, tower)
+
+    def hear(wants: Sequence[Wanted]) -> Job:
+        first = wants[0]
+        frames = _frames(work, first.id)
+        prompt_ids = encoder.prompt_ids(_audio_prefix(encoder, student.system, len(frames)), frames)
+        return job(wants, Example(first.key, prompt_ids), _kept_too(work, first))
+
+    def answer(want: Wanted) -> Job:
+        sample, frames = work.samples[want.id], _frames(work, want.id)
+        text = encoder.prompt_text(fill(student.prompt, sample), system=student.system, clips=len(frames))
+        example = _with_targets(work, sample, encoder.prompt_ids(text, frames))
+        return job([want], example, _kept_too(work, want))
+
+    by_key: dict[str, list[Wanted]] = {}
+    for want in _link_known(work, heard):
+        by_key.setdefault(want.key, []).append(want)
+    states = _build_all(work, list(by_key.values()), hear)
+    tops = _build_all(work, answered, answer)
+    _run_teacher(work, folder, encoder, [("acoustic", states, "audio"), ("acoustic_top", tops, "response")])
+
+
+_Task = tuple[str, Sequence[Job], Literal["response", "audio"]]
+"""Source, what to make, and which positions it is about."""
+
+
+def _run_teacher(work: _Work, folder: ModelFolder, encoder: Encoder, tasks: Sequence[_Task]) -> None:
+    """Loads a teacher, writes down what it knows, and frees it."""
+    if any(jobs for _, jobs, _ in tasks):
+        _with_teacher(work, folder, encoder, tasks)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _with_teacher(work: _Work, folder: ModelFolder, encoder: Encoder, tasks: Sequence[_Task]) -> None:
+    config = work.ctx.config.teachers
+    loaded = load_model(folder, device=config.device)
+
+    def features(job: Job) -> Example:
+        return replace(job.example, features=_features(work.ctx, encoder, job.samples[0]))
+
+    for source, jobs, over in tasks:
+        write_down(
+            work.ctx,
+            work.ledger,
+            source,
+            jobs,
+            encoder,
+            partial(Scribe, loaded, config, work.needs.alignment, over),
+            features if folder.hears else None,
+        )
+
+
+def _build_all(work: _Work, items: Sequence[Any], build: Callable[[Any], Job]) -> list[Job]:
+    """Builds the jobs in threads; what cannot be built is recorded as rejected."""
+
+    def attempt(item: Any) -> Job | list[Reject]:
+        try:
+            return build(item)
+        except Rejected as rejected:
+            wants = item if isinstance(item, list) else [item]
+            return [Reject(want.id, want.source, want.key, rejected.reason, rejected.detail) for want in wants]
+
+    jobs: list[Job] = []
+    rejects: list[Reject] = []
+    for made in prefetch(items, attempt, depth=16 * THREADS, threads=THREADS):
+        if isinstance(made, Job):
+            jobs.append(made)
+        else:
+            rejects += made
+    if rejects:
+        work.ledger.commit(rejects=rejects)
+    return jobs
+
+
+def _with_targets(work: _Work, sample: Sample, prompt_ids: Sequence[int]) -> Example:
+    part, row = work.store.get(sample.id, "targets")
+    ids = part.read(row, [TARGET_IDS])[TARGET_IDS].tolist()
+    refuse_long(len(prompt_ids), len(ids), work.ctx.config.teachers.max_length)
+    return Example(sample.id, prompt_ids, ids)
+
+
+def _frames(work: _Work, sample: str) -> Sequence[int]:
+    part, row = work.store.get(sample, "targets")
+    return part.units[row]["frames"]
+
+
+def _features(ctx: Context, encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
+    try:
+        return encoder.features(
+            [
+                decode(
+                    ref, rate=encoder.rate, start=sample.start, end=sample.end, max_seconds=ctx.config.data.max_seconds
+                )
+                for ref in sample.audio
+            ]
+        )
+    except Rejected as rejected:
+        raise KdpipeError(
+            f"sample {sample.id!r}: {rejected.detail} ({rejected.reason}); it could be read a moment ago. "
+            "Run the command again."
+        ) from None
+
+
+def _audio_prefix(encoder: Encoder, system: str | None, clips: int) -> str:
+    """The prompt up to its last clip, which must not depend on the question.
+
+    Raises:
+        ModelError: the chat template puts the text before the clips.
+    """
+    prefixes = {
+        text[: text.rindex(AUDIO_TOKEN) + len(AUDIO_TOKEN)]
+        for text in (encoder.prompt_text(words, system=system, clips=clips) for words in ("a", "b c"))
+    }
+    if len(prefixes) != 1:
+        raise ModelError(
+            f"{encoder.folder.name}: its chat template puts the question before the audio, so that acoustic states "
+            "depend on it; not supported."
+        )
+    return prefixes.pop()
+
+
+def _kept_too(work: _Work, want: Wanted) -> dict[str, Any]:
+    """What is asked for, and what the row to be replaced holds under the same key: another run may use that."""
+    row = work.ledger.get(want.id, want.source)
+    if row is None or row.key != want.key:
+        return dict(want.cover)
+    merged = dict(row.cover)
+    for name, value in want.cover.items():
+        have = merged.get(name)
+        merged[name] = sorted({*(have or []), *value}) if isinstance(value, list) else max(have or 0, value)
+    return merged
+
+
+def _link_known(work: _Work, wants: Sequence[Wanted]) -> list[Wanted]:
+    """Points wants at units that other samples with the same clips have already; gives those that are left."""
+    lost = work.ledger.lost_parts()
+    known: dict[str, Row] = {
+        row.key: row for row in work.ledger.rows() if row.source == "acoustic" and row.part not in lost
+    }
+    rows, left = [], []
+    for want in wants:
+        row = known.get(want.key)
+        if row is not None and covers(row.cover, want.cover):
+            rows.append(replace(row, id=want.id, fields=want.fields))
+        else:
+            left.append(want)
+    if rows:
+        work.ctx.recheck([work.samples[row.id] for row in rows])
+        work.ledger.commit(rows)
+    return left

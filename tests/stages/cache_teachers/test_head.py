@@ -1,0 +1,134 @@
+"""Distributions against float64 over the whole vocabulary."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdpipe.data.errors import KdpipeError
+from kdpipe.stages.cache_teachers import head
+from kdpipe.stages.cache_teachers.head import block_bounds, distribution
+from kdpipe.stages.models.vocabulary import Alignment
+
+TEMPERATURES = [0.5, 1.0, 2.0]
+
+
+def truth(hidden, weight, alignment, bounds, ids):
+    """log_z [N, T] and log_tail [N, T, B] in float64."""
+    logits = hidden.double() @ weight[: alignment.valid].double().T
+    logits[:, list(alignment.masked)] = -torch.inf
+    log_z = torch.stack([torch.logsumexp(logits / T, 1) for T in TEMPERATURES], 1)
+    left = logits.scatter(1, ids, -torch.inf)
+    tails = [
+        torch.stack([torch.logsumexp(left[:, a:b] / T, 1) for a, b in zip(bounds, bounds[1:], strict=False)], 1)
+        for T in TEMPERATURES
+    ]
+    return logits, log_z, torch.stack(tails, 1) - log_z[..., None]
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_tails_are_exact_even_for_a_nearly_one_hot_teacher(sharpness, blocks):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 24), torch.randn(1100, 24) * sharpness / 24**0.5
+    alignment = Alignment(1000, (5, 700, 701))
+    bounds = block_bounds(1000, blocks)
+    made = distribution(
+        hidden, weight, k=16, temperatures=TEMPERATURES, bounds=bounds, alignment=alignment, chunk=10
+    )
+    logits, log_z, log_tail = truth(hidden, weight, alignment, bounds, made["ids"])
+    # The float32 product itself is off by some 1e-6 of the largest logit; what is summed from it adds nothing.
+    slack = 1e-6 * float(logits[logits.isfinite()].abs().max()) * 4
+    torch.testing.assert_close(made["log_z"].double(), log_z, rtol=1e-5, atol=slack)
+    torch.testing.assert_close(made["log_tail"].double().exp(), log_tail.exp(), rtol=1e-4, atol=0)
+    top = logits.topk(16, 1)
+    assert torch.equal(made["ids"], top.indices)
+    torch.testing.assert_close(made["logprob"].double(), top.values - log_z[:, 1:2], rtol=1e-5, atol=slack)
+    assert made["log_tail"].shape == (37, 3, blocks)
+    mass = made["logprob"].double().exp().sum(1) + made["log_tail"][:, 1].double().exp().sum(1)
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=1e-5, atol=0)
+    if sharpness == 30.0 and blocks == 1:
+        # Here `1 - sum(kept)` in float32 has nothing left to say.
+        assert float(made["log_tail"][:, 1].min()) < -40
+
+
+def test_the_whole_vocabulary_leaves_no_tail():
+    torch.manual_seed(0)
+    alignment = Alignment(40, (3,))
+    made = distribution(
+        torch.randn(5, 8),
+        torch.randn(50, 8),
+        k=39,
+        temperatures=TEMPERATURES,
+        bounds=(0, 40),
+        alignment=alignment,
+        chunk=2,
+    )
+    assert (made["log_tail"] == -torch.inf).all()
+    assert 3 not in made["ids"] and int(made["ids"].max()) < 40
+    torch.testing.assert_close(made["logprob"].exp().sum(1), torch.ones(5))
+
+
+def test_rows_beyond_the_shared_ids_have_no_say():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 8), torch.randn(50, 8)
+    loud = weight.clone()
+    loud[40:] *= 100
+    loud[7] *= 100
+    asked = {"k": 5, "temperatures": [1.0], "bounds": (0, 40), "alignment": Alignment(40, (7,)), "chunk": 4}
+    for name, value in distribution(hidden, weight, **asked).items():
+        assert torch.equal(distribution(hidden, loud, **asked)[name], value)
+
+
+def test_low_precision_models_give_float32_logits():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 64).bfloat16(), (3 * torch.randn(300, 64)).bfloat16()
+    alignment = Alignment(300, ())
+    made = distribution(hidden, weight, k=8, temperatures=[1.0], bounds=(0, 300), alignment=alignment, chunk=4)
+    logits = hidden.double() @ weight.double().T
+    torch.testing.assert_close(made["log_z"][:, 0].double(), torch.logsumexp(logits, 1), rtol=1e-6, atol=1e-5)
+    assert made["log_z"].dtype == made["logprob"].dtype == torch.float32
+
+
+def test_no_tensor_of_all_positions_over_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(head, "_HEAD_ROWS", 128)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype.is_floating_point:
+                sizes.append(out.numel())
+            return out
+
+    hidden, weight = torch.randn(64, 8).bfloat16(), torch.randn(2000, 8).bfloat16()
+    with Watch():
+        distribution(
+            hidden, weight, k=4, temperatures=[1.0, 2.0], bounds=(0, 2000), alignment=Alignment(2000, (1,)), chunk=5
+        )
+    # The head itself is 2000 x 8; beyond it, nothing exceeds one chunk of 5 positions.
+    assert max(sizes) == max(2000 * 8, 5 * 2000)
+
+
+def test_a_nan_is_an_error():
+    hidden = torch.full((1, 4), torch.nan)
+    with pytest.raises(KdpipeError, match="NaN or infinity"):
+        distribution(
+            hidden, torch.ones(9, 4), k=1, temperatures=[1.0], bounds=(0, 9), alignment=Alignment(9, ()), chunk=1
+        )
+
+
+def test_no_positions():
+    made = distribution(
+        torch.empty(0, 4), torch.ones(9, 4), k=2, temperatures=[1.0], bounds=(0, 9), alignment=Alignment(9, ()), chunk=3
+    )
+    assert made["ids"].shape == (0, 2) and made["log_tail"].shape == (0, 1, 1)
+
+
+def test_block_bounds_are_classes_of_frequency():
+    assert block_bounds(151_936, 1) == (0, 151_936)
+    assert block_bounds(151_936, 4) == (0, 256, 2150, 18074, 151_936)
+    many = block_bounds(151_936, 16)
+    assert len(many) == 17 and many[-1] == 151_936
+    assert all(high <= 2.1 * low for low, high in zip(many[2:], many[3:], strict=False))
+    with pytest.raises(KdpipeError, match="tail_blocks: 12 is too many for 20 shared ids"):
+        block_bounds(20, 12)
