@@ -85,7 +85,7 @@ def part_rows(part: Path, name: str | None = None) -> list[Row]:
                 Row(
                     id=entry["id"],
                     source=attributes["source"],
-                    key=entry["key"],
+                    key=unit["key"],
                     fields=entry.get("fields", {}),
                     part=name or part.name,
                     row=place,

@@ -289,10 +289,13 @@ class Store:
             raise StoreError(f"{self._parts}: holds no {source} of sample {sample_id!r}. Run `kdpipe cache-teachers`.")
         path = self._parts / row.part
         part: PartReader = self._open.get(path, lambda: (PartReader(path, self._chunks), 1))
-        unit = part.units[row.row] if row.row < len(part.units) else None
-        # A sample that came later may share a unit, and then has its key without being listed.
-        if part.source != source or unit is None or (sample_id not in _samples_of(unit) and row.key != unit["key"]):
-            raise damaged(path, f"{path}: does not hold {source} of sample {sample_id!r} in row {row.row}")
+        # Ids are not compared: a sample that came later may share a clip's unit without being listed there.
+        unit = part.units[row.row] if row.row < len(part.units) else {}
+        if part.source != source or unit.get("key") != row.key:
+            raise damaged(
+                path, f"{path}: row {row.row} is not {source} of sample {sample_id!r} under the key {row.key}"
+            )
+        return part, row.row
         return part, row.row
 
 

@@ -75,7 +75,7 @@ class PartWriter:
             arrays: `[tokens, *width]` for each declared array, in its storage dtype, all of one length.
             info: JSON values kept beside id and key. For the ledger to be rebuilt from parts: `fields`, `cover`,
                 `length`, `content` as in `kdpipe.data.ledger.Row`, or, where one unit serves several samples,
-                `samples`, a list of such mappings with their own `id` (and `key`).
+                `samples`, a list of such mappings with an `id` each, all under the unit's key.
 
         Returns:
             The unit's row in the part.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from kdpipe.data.audio import decode
@@ -61,18 +62,15 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
         wants[want.source].append(want)
     make_targets(ctx, ledger, needs, wants["targets"], samples, work.traces)
     aligned = {row.id for row in ledger.rows() if row.source == "targets"}
-    later = {
-        source: [want for want in wants[source] if want.id in aligned]
-        for source in needs.sources
-        if source != "targets"
-    }
+    later = {source: [want for want in asked if want.id in aligned] for source, asked in wants.items()}
     if later.get("textual"):
         _textual(work, later["textual"])
     if later.get("acoustic") or later.get("acoustic_top"):
         _acoustic(work, later.get("acoustic", []), later.get("acoustic_top", []))
-    rejected = {r.id for r in ledger.rejects() if r.source in needs.sources and r.id in work.traces}
-    ctx.say(f"cache-teachers: {len(aligned)} samples, {len(rejected)} rejected")
-    check_reject_budget(ctx, STAGE.name, len(work.traces), len(rejected))
+    known = work.traces.keys() & samples.keys()
+    rejected = {r.id for r in ledger.rejects() if r.source in needs.sources} & known
+    ctx.say(f"cache-teachers: {len(known) - len(rejected)} samples are cached, {len(rejected)} rejected")
+    check_reject_budget(ctx, STAGE.name, len(known), len(rejected))
 
 
 def _textual(work: _Work, wants: Sequence[Wanted]) -> None:
@@ -107,7 +105,7 @@ def _acoustic(work: _Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) 
         first = wants[0]
         frames = _frames(work, first.id)
         prompt_ids = encoder.prompt_ids(_audio_prefix(encoder, student.system, len(frames)), frames)
-        return job(wants, Example(first.key, prompt_ids), _kept_too(work, first))
+        return job(wants, Example(first.key, np.array(prompt_ids, np.int32)), _kept_too(work, first))
 
     def answer(want: Wanted) -> Job:
         sample, frames = work.samples[want.id], _frames(work, want.id)
@@ -179,9 +177,10 @@ def _build_all(work: _Work, items: Sequence[Any], build: Callable[[Any], Job]) -
 
 def _with_targets(work: _Work, sample: Sample, prompt_ids: Sequence[int]) -> Example:
     part, row = work.store.get(sample.id, "targets")
-    ids = part.read(row, [TARGET_IDS])[TARGET_IDS].tolist()
+    ids = part.read(row, [TARGET_IDS])[TARGET_IDS]
     refuse_long(len(prompt_ids), len(ids), work.ctx.config.teachers.max_length)
-    return Example(sample.id, prompt_ids, ids)
+    # Examples of all samples wait together to be sorted; lists of integers would take nine times the memory.
+    return Example(sample.id, np.array(prompt_ids, np.int32), ids.astype(np.int32))
 
 
 def _frames(work: _Work, sample: str) -> Sequence[int]:

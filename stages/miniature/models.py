@@ -91,9 +91,7 @@ def make_family(folder: Path, *, seed: int = 0, audio_seconds: int = 3) -> Minia
     Returns:
         Paths and tokenizer sizes.
     """
-    texts = list(world.texts(300, seed=seed))
-    text_tokenizer = tokens.train_tokenizer(texts, BPE_SIZE, tokens.TEXT_SPECIALS)
-    audio_tokenizer = tokens.train_tokenizer(texts, BPE_SIZE, tokens.AUDIO_SPECIALS)
+    text_tokenizer, audio_tokenizer = make_tokenizers(seed=seed)
     return Miniatures(
         teacher=make_qwen3(folder / "teacher", tokenizer=text_tokenizer, seed=seed),
         qwen2_audio=make_qwen2_audio(folder / "qwen2_audio", tokenizer=audio_tokenizer, seed=seed + 1),
@@ -103,6 +101,15 @@ def make_family(folder: Path, *, seed: int = 0, audio_seconds: int = 3) -> Minia
         bpe_size=BPE_SIZE,
         teacher_tokens=len(text_tokenizer),
         audio_tokens=len(audio_tokenizer),
+    )
+
+
+def make_tokenizers(*, seed: int = 0) -> tuple["PreTrainedTokenizerFast", "PreTrainedTokenizerFast"]:
+    """Trains the tokenizers of text models and of audio models: the same ordinary ids, different special tokens."""
+    texts = list(world.texts(300, seed=seed))
+    return (
+        tokens.train_tokenizer(texts, BPE_SIZE, tokens.TEXT_SPECIALS),
+        tokens.train_tokenizer(texts, BPE_SIZE, tokens.AUDIO_SPECIALS),
     )
 
 
@@ -202,7 +209,7 @@ def make_qwen2_audio(
     )
     torch.manual_seed(seed)
     model = Qwen2AudioForConditionalGeneration(config)
-    _save_model(model, folder, tokenizer, rename=_qwen2_audio_name)
+    _save_model(model, folder, tokenizer)
     processor = Qwen2AudioProcessor(
         feature_extractor=_feature_extractor(QWEN2_AUDIO_SECONDS),
         tokenizer=tokenizer,
@@ -298,12 +305,27 @@ def make_qwen2_5_omni(
         tokenizer=tokenizer,
         chat_template=_OMNI_TEMPLATE,
     )
-    _save_model(model, folder, tokenizer, rename=lambda name: f"thinker.{name}")
+    _save_model(model, folder, tokenizer)
     config.architectures = ["Qwen2_5OmniModel"]
     config.dtype = torch.float32
     config.save_pretrained(folder)
     _save_processor(processor, folder, images.to_dict())
     return folder
+
+
+def save_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Writes `model.safetensors` under the published weight names of the model's class.
+
+    Not `model.save_pretrained`: of a model made from a configuration it writes names of its own, which vLLM does not
+    know, and of an Omni thinker it would replace the configuration too.
+
+    Args:
+        model: A model of one of the three classes.
+        folder: Receives the file.
+    """
+    rename = _PUBLISHED.get(type(model).__name__, str)
+    weights = {rename(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _check_rows(rows: int, tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -364,13 +386,8 @@ def _save_model(
     model: "PreTrainedModel",
     folder: Path,
     tokenizer: "PreTrainedTokenizerFast",
-    rename: Callable[[str], str] = lambda name: name,
 ) -> None:
-    """Writes configuration, generation configuration and weights.
-
-    Not `model.save_pretrained`: of a model made from a configuration it writes weight names of its own, which vLLM
-    does not know.
-    """
+    """Writes configuration, generation configuration and weights."""
     from transformers import GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -378,8 +395,7 @@ def _save_model(
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
     GenerationConfig(do_sample=False, **_ends(tokenizer)).save_pretrained(folder)
-    weights = {rename(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_weights(model, folder)
 
 
 def _save_processor(processor: "ProcessorMixin", folder: Path, other: dict[str, Any]) -> None:
@@ -399,3 +415,9 @@ def _qwen2_audio_name(name: str) -> str:
         if name.startswith(ours):
             return published + name.removeprefix(ours)
     return name.removeprefix("model.")
+
+
+_PUBLISHED: dict[str, Callable[[str], str]] = {
+    "Qwen2AudioForConditionalGeneration": _qwen2_audio_name,
+    "Qwen2_5OmniThinkerForConditionalGeneration": "thinker.{}".format,
+}

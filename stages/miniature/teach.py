@@ -1,50 +1,75 @@
 """Teaches the miniatures: a textual teacher that reasons well, and a base student that hears well but reasons little.
 
-Both learn from freshly sampled scenes whose tone sequences never occur in the test split. The student first learns to
-name the tone in each 40 ms frame through encoder and projection, without which next-token training stays on a plateau
-for minutes.
-
-Shapes: B samples, T tokens, F mel frames, M mel bins, N audio tokens of all samples in a row, H width, C frame classes.
+Prompts, tokens and features are made by the code that makes them at run time. Both models learn from freshly sampled
+scenes whose tone sequences never occur in the test split. The student first learns to name the tone in each audio
+token's 40 ms through its encoder; without that, next-token training stays on a plateau for minutes.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from kdpipe.data.errors import KdpipeError
+from kdpipe.stages.config import ModelConfig
 from kdpipe.stages.miniature import models, world
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from kdpipe.stages.models.folder import resolve
+from kdpipe.stages.models.inputs import Encoder, Example
+from kdpipe.stages.models.loaded import LoadedModel, load_model
 
 Report = Callable[[str], None]
-IGNORED = -100
-FRAME_SECONDS = 0.04
-"""Seconds that an audio token covers."""
+
+TOKEN_SECONDS = 0.04
+"""Time that one audio token covers."""
+LONGEST_RESPONSE = 80
+"""Tokens; the longest gold trace has about 65."""
+_ANSWER = re.compile(r"<RESPONSE>(.*?)</RESPONSE>")
 
 
 @dataclass(frozen=True)
-class _Lesson:
-    """Token ids of a prompt and of the response to it, and which clip is heard with them."""
+class _Clip:
+    """A scene that was heard: its features, the length of its audio, and the tone that sounds in each audio token."""
 
-    prompt: list[int]
-    response: list[int]
-    clip: int = -1
+    scene: world.Scene
+    question: world.Question
+    frames: int
+    features: dict[str, torch.Tensor]
+    tones: torch.Tensor
+
+
+def make_taught_models(folder: Path, *, seed: int, report: Report) -> dict[str, float]:
+    """Makes and teaches what the demo needs: `folder/teacher` (Qwen3) and `folder/student` (Qwen2.5-Omni).
+
+    Args:
+        folder: Receives both models.
+        seed: Source of weights, scenes and order.
+        report: Receives lines on the progress.
+
+    Returns:
+        `teacher.*` and `student.*` scores of the two teach functions.
+    """
+    text_tokenizer, audio_tokenizer = models.make_tokenizers(seed=seed)
+    teacher = models.make_qwen3(folder / "teacher", tokenizer=text_tokenizer, seed=seed)
+    student = models.make_qwen2_5_omni(folder / "student", tokenizer=audio_tokenizer, seed=seed)
+    scores = {
+        "teacher": teach_textual_teacher(teacher, seed=seed, report=report),
+        "student": teach_student(student, seed=seed, report=report),
+    }
+    return {f"{model}.{name}": value for model, values in scores.items() for name, value in values.items()}
 
 
 def teach_textual_teacher(
     folder: Path, *, seed: int, report: Report, steps: int = 250, batch: int = 32, rate: float = 2e-3
 ) -> dict[str, float]:
-    """Trains the Qwen3 miniature in `folder` on description and question to trace and answer.
+    """Trains a Qwen3 miniature, in place, to write trace and answer from description and question.
 
     Args:
-        folder: A model of `make_qwen3`; its weights are replaced.
+        folder: A model of `make_qwen3`.
         seed: Seed of scenes and order.
         report: Receives lines on the progress.
         steps: Optimizer steps.
@@ -52,25 +77,195 @@ def teach_textual_teacher(
         rate: Peak learning rate.
 
     Returns:
-        `accuracy` of the answers to 200 held-out questions under greedy decoding.
+        `accuracy`: share of 200 held-out questions answered right under greedy decoding.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    teacher, encoder = _open(folder, "text")
     rng = np.random.default_rng([seed, 0])
 
-    def prompt(scene: world.Scene, question: world.Question) -> str:
-        return _chat(tokenizer, _teacher_text(scene, question))
+    def prompt(scene: world.Scene, question: world.Question) -> list[int]:
+        text = world.teacher_text(world.describe(scene), question)
+        return encoder.prompt_ids(encoder.prompt_text(text))
 
-    def lessons() -> Iterator[list[_Lesson]]:
-        while True:
-            pairs = [world.sample_question(rng, held_out=False) for _ in range(batch)]
-            yield [_lesson(tokenizer, prompt(*pair), world.trace(*pair)) for pair in pairs]
+    def loss(step: int) -> torch.Tensor:
+        lessons = []
+        for _ in range(batch):
+            scene, question = world.sample_question(rng, held_out=False)
+            lessons.append(Example("", prompt(scene, question), encoder.target_ids(world.trace(scene, question))))
+        return _next_token_loss(teacher, encoder, lessons)
 
-    stream = lessons()
-    _train(model, lambda: _loss(model, _collate(next(stream), tokenizer)), steps, rate, report, "teacher")
-    _save(model, folder)
-    exam = [world.sample_question(np.random.default_rng([seed, 1, index]), held_out=True) for index in range(200)]
-    texts = _generate(model, tokenizer, [{"text": prompt(*pair)} for pair in exam])
-    return {"accuracy": _accuracy(texts, [question.answer for _, question in exam])}
+    _train(teacher.model.parameters(), loss, steps, rate, "teacher: traces", report)
+    models.save_weights(teacher.model, folder)
+    exam = [world.sample_question(np.random.default_rng([seed, 1, row]), held_out=True) for row in range(200)]
+    written = _write(teacher, encoder, [Example("", prompt(scene, question)) for scene, question in exam])
+    scores = {
+        "accuracy": _mean(_answer(text) == question.answer for text, (_, question) in zip(written, exam, strict=True))
+    }
+    report(f"teacher: answers {scores['accuracy']:.0%} of held-out questions")
+    return scores
+
+
+def teach_student(
+    folder: Path,
+    *,
+    seed: int,
+    report: Report,
+    clips: int = 1200,
+    frame_steps: int = 200,
+    text_steps: int = 280,
+    batch: int = 32,
+    rate: float = 2e-3,
+    questions: int = 160,
+    question_share: float = 0.3,
+) -> dict[str, float]:
+    """Trains a Qwen2.5-Omni miniature, in place, to hear: it describes well, and has seen few questions.
+
+    Args:
+        folder: A model of `make_qwen2_5_omni`.
+        seed: Seed of scenes and order.
+        report: Receives lines on the progress.
+        clips: Clips to learn from.
+        frame_steps: Optimizer steps in which the encoder alone learns which tone sounds in each audio token.
+        text_steps: Optimizer steps in which the whole model learns to write.
+        batch: Samples a step.
+        rate: Peak learning rate of both.
+        questions: Clips whose question and gold trace are shown too; with more, the student reasons better.
+        question_share: Share of those among the samples of `text_steps`.
+
+    Returns:
+        Of 100 held-out clips under greedy decoding: `describes`, the share described exactly; `accuracy`, the share of
+        questions answered right; `formed`, the share of responses that hold an answer.
+
+    Raises:
+        KdpipeError: `folder` holds a model of another family.
+    """
+    student, encoder = _open(folder, "qwen2_5_omni")
+    lessons = _listen(encoder, clips, held_out=False, seed=seed)
+    rng = np.random.default_rng([seed, 2])
+    torch.manual_seed(seed)
+    naming = torch.nn.Linear(student.width, world.PITCHES + 1)
+
+    def frame_loss(step: int) -> torch.Tensor:
+        heard = [lessons[row] for row in rng.integers(clips, size=batch)]
+        merged = encoder.collate([Example("", [], [], clip.features) for clip in heard]).features
+        states = student.model.get_audio_features(**merged).last_hidden_state
+        return functional.cross_entropy(naming(states), torch.cat([clip.tones for clip in heard]))
+
+    def text_loss(step: int) -> torch.Tensor:
+        examples = []
+        for asked in rng.random(batch) < question_share:
+            clip = lessons[rng.integers(questions if asked else clips)]
+            response = world.trace(clip.scene, clip.question) if asked else world.describe(clip.scene)
+            example = _question(encoder, clip) if asked else _description(encoder, clip)
+            examples.append(replace(example, target_ids=encoder.target_ids(response)))
+        return _next_token_loss(student, encoder, examples)
+
+    tower = student.model.audio_tower
+    _train([*tower.parameters(), *naming.parameters()], frame_loss, frame_steps, rate, "student: tones", report)
+    _train(student.model.parameters(), text_loss, text_steps, rate, "student: texts", report)
+    models.save_weights(student.model, folder)
+
+    exam = _listen(encoder, 100, held_out=True, seed=seed)
+    described = _write(student, encoder, [_description(encoder, clip) for clip in exam])
+    answered = [_answer(text) for text in _write(student, encoder, [_question(encoder, clip) for clip in exam])]
+    scores = {
+        "describes": _mean(text == world.describe(clip.scene) for text, clip in zip(described, exam, strict=True)),
+        "accuracy": _mean(answer == clip.question.answer for answer, clip in zip(answered, exam, strict=True)),
+        "formed": _mean(answer is not None for answer in answered),
+    }
+    report("student: describes {describes:.0%} of held-out clips exactly, answers {accuracy:.0%}".format(**scores))
+    return scores
+
+
+def _open(folder: Path, family: str) -> tuple[LoadedModel, Encoder]:
+    found = resolve(ModelConfig(str(folder.resolve()), dtype="float32"), Path())
+    if found.family != family:
+        raise KdpipeError(f"{folder}: is a {found.family} model, and this lesson is for {family}. Name another folder.")
+    return load_model(found, device="cpu", train=True), Encoder(found)
+
+
+def _listen(encoder: Encoder, count: int, *, held_out: bool, seed: int) -> list[_Clip]:
+    """Samples scenes with questions and renders them, all features in one go."""
+    drawn = []
+    for row in range(count):
+        rng = np.random.default_rng([seed, 3 + held_out, row])
+        scene, question = world.sample_question(rng, held_out=held_out)
+        drawn.append((scene, question, *world.render(scene, rng)))
+    features = encoder.features([samples for _, _, samples, _ in drawn])
+    clips = []
+    for row, (scene, question, samples, tone_at) in enumerate(drawn):
+        centres = (np.arange(encoder.audio_tokens(len(samples))) + 0.5) * TOKEN_SECONDS * encoder.rate
+        tones = torch.from_numpy(tone_at[np.minimum(centres.astype(int), len(tone_at) - 1)])
+        own = {name: value[row : row + 1] for name, value in features.items()}
+        clips.append(_Clip(scene, question, len(samples), own, tones))
+    return clips
+
+
+def _description(encoder: Encoder, clip: _Clip) -> Example:
+    return _heard(encoder, clip, world.DESCRIBE_PROMPT)
+
+
+def _question(encoder: Encoder, clip: _Clip) -> Example:
+    return _heard(encoder, clip, world.question_text(clip.question))
+
+
+def _heard(encoder: Encoder, clip: _Clip, text: str) -> Example:
+    prompt = encoder.prompt_ids(encoder.prompt_text(text, clips=1), [clip.frames])
+    return Example("", prompt, features=clip.features)
+
+
+def _next_token_loss(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) -> torch.Tensor:
+    """Mean cross-entropy of the responses' tokens (nats)."""
+    batch = encoder.collate(examples)
+    hidden = model.hidden(batch).flatten(0, 1)[batch.response_rows]
+    return functional.cross_entropy(functional.linear(hidden, model.head_weight), batch.targets)
+
+
+def _train(
+    parameters: Iterable[torch.nn.Parameter],
+    loss: Callable[[int], torch.Tensor],
+    steps: int,
+    rate: float,
+    name: str,
+    report: Report,
+) -> None:
+    """AdamW with 20 steps of warm-up and a cosine to a twentieth of the peak rate."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98))
+    for step in range(steps):
+        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(cosine, (step + 1) / 20)
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            report(f"{name}: step {step + 1} of {steps}, loss {value.item():.3f}")
+
+
+@torch.no_grad()
+def _write(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
+    """Greedy responses, without the end token."""
+    longest = max(example.length for example in examples)
+    batch = encoder.collate(examples)
+    # Generation continues at the right edge, so the padding goes to the left.
+    shifts = longest - batch.attention_mask.sum(1)
+    inputs = {
+        name: torch.stack([row.roll(int(shift)) for row, shift in zip(value, shifts, strict=True)])
+        for name, value in (("input_ids", batch.input_ids), ("attention_mask", batch.attention_mask))
+    }
+    model.model.eval()
+    written = model.model.generate(
+        **inputs, **batch.features, max_new_tokens=LONGEST_RESPONSE, do_sample=False, eos_token_id=encoder.end_id
+    )
+    return encoder.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+
+
+def _answer(text: str) -> str | None:
+    found = _ANSWER.search(text)
+    return found[1] if found else None
+
+
+def _mean(values: Iterable[bool]) -> float:
+    return float(np.mean(list(values)))

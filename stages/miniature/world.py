@@ -6,7 +6,7 @@ be heard and then one small piece of reasoning: counting, comparing, finding a m
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def trace(scene: Scene, question: Question) -> str:
     if question.task == "count":
         pairs = zip(_POSITIONS, names, strict=False)
     elif question.task == "direction":
-        pairs = (("first", names[0]), ("last", names[-1]))
+        pairs = (("first", names[0]), ("last", names[-1]), (_NAMES[max(tones[0], tones[-1]) - 1], "is above"))
     elif question.task == "highest":
         pairs = zip(names, _names(np.maximum.accumulate(tones)), strict=True)
     else:
@@ -119,9 +119,14 @@ def trace(scene: Scene, question: Question) -> str:
     )
 
 
-def choices_text(choices: Sequence[str]) -> str:
-    """How choices stand in a prompt: `Choices: even, odd`."""
-    return "Choices: " + ", ".join(choices)
+def question_text(question: Question) -> str:
+    """The user text of a question beside the audio."""
+    return QUESTION_PROMPT.format(question=question.text, choices=_choices_text(question))
+
+
+def teacher_text(description: str, question: Question) -> str:
+    """The user text of a question for a text-only teacher."""
+    return TEACHER_PROMPT.format(description=description, question=question.text, choices=_choices_text(question))
 
 
 def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -168,9 +173,8 @@ def texts(count: int, *, seed: int) -> Iterator[str]:
     rng = np.random.default_rng(seed)
     for _ in range(count):
         scene, question = sample_question(rng, held_out=False)
-        choices = choices_text(question.choices)
         yield f"system\nYou are a helpful assistant.\nuser\nAudio 1: \n{DESCRIBE_PROMPT}\nassistant\n{describe(scene)}"
-        yield TEACHER_PROMPT.format(description=describe(scene), question=question.text, choices=choices)
+        yield teacher_text(describe(scene), question)
         yield trace(scene, question)
 
 
@@ -226,6 +230,11 @@ def _answer(scene: Scene, task: str) -> str | None:
     if task == "highest":
         return _NAMES[max(tones) - 1]
     return _parity(sum(tones))
+
+
+def _choices_text(question: Question) -> str:
+    """As kdpipe fills `{choices}` in a prompt template."""
+    return f"Choices: {', '.join(question.choices)}"
 
 
 def _choices(task: str, answer: str, rng: np.random.Generator) -> tuple[str, ...]:

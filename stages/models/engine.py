@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.data.hashing import digest
 from kdpipe.stages.config import EngineConfig
+from kdpipe.stages.models import reaper
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Encoder
 
@@ -27,7 +31,6 @@ T = TypeVar("T")
 _DECODE_THREADS = min(4, os.cpu_count() or 1)
 _DECODED_AHEAD = 16  # clips: a minute of audio is 4 MB
 _QUEUED_PER_SEQUENCE = 2  # requests in the engine for each it can run at once, so that it never waits for us
-_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,8 @@ class Engine:
 def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: int) -> Iterator[Engine]:
     """Starts vLLM, and stops it with all its processes however the block ends.
 
-    Vllm's log shows warnings and errors; set the environment variable `KDPIPE_VLLM_LOG` to `info` or `debug` to see
-    more. Sampling defaults in the model's generation_config.json are not used, only its end tokens.
+    vLLM's log shows warnings and errors (errors alone on the CPU build); the environment variable `KDPIPE_VLLM_LOG`
+    sets another level. Sampling defaults in the model's generation_config.json are not used, only its end tokens.
 
     Args:
         folder: the model.
@@ -184,13 +187,21 @@ def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: 
         KdpipeError: vLLM does not start.
     """
     encoder = Encoder(folder)
-    others = {child.pid for child in _children()}
+    mark = uuid.uuid4().hex
+    watcher = reaper.watch(mark)
+    os.environ[reaper.MARK] = mark
     llm = None
     try:
         llm = _start(folder, config, clips, seed)
         yield Engine(llm, encoder, _QUEUED_PER_SEQUENCE * config.max_num_seqs)
     finally:
-        _stop(llm, others)
+        try:
+            _stop(llm)
+        finally:
+            reaper.end(mark)
+            os.environ.pop(reaper.MARK, None)
+            watcher.kill()
+            watcher.wait()
         llm = None
         gc.collect()
 
@@ -283,10 +294,7 @@ class _Ahead(Generic[T]):
 
 
 def _start(folder: ModelFolder, config: EngineConfig, clips: int, seed: int) -> Any:
-    level = os.environ.get("KDPIPE_VLLM_LOG", "warning").upper()
-    os.environ["VLLM_LOGGING_LEVEL"] = level
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
+    level = _set_environment()
     from vllm import EngineArgs, LLMEngine
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
@@ -320,35 +328,38 @@ def _start(folder: ModelFolder, config: EngineConfig, clips: int, seed: int) -> 
         raise KdpipeError(
             f"{folder.name}: vLLM could not start the model in {folder.path}: {reason}\n"
             "Messages of the engine stand above, more with KDPIPE_VLLM_LOG=info. If it is memory: lower "
-            "engine.max_num_seqs, engine.max_model_len or engine.gpu_memory_utilization (on CPU engine.cpu_kv_cache_gib)."
+            "engine.max_num_seqs, engine.max_model_len or engine.gpu_memory_utilization (CPU: engine.cpu_kv_cache_gib)."
         ) from error
 
 
-def _stop(llm: Any, others: set[int]) -> None:
-    """Ends the engine's processes: asks vLLM first, then makes sure."""
-    import psutil
+def _set_environment() -> str:
+    """Sets what vLLM and its processes read from the environment; returns the log level."""
+    # The CPU build warns a dozen times at every start of what a user cannot change.
+    quiet = "warning" if torch.cuda.is_available() else "error"
+    level = os.environ.get("KDPIPE_VLLM_LOG", quiet).upper()
+    os.environ["VLLM_LOGGING_LEVEL"] = level
+    # Process titles would otherwise be written over the environment that the reaper reads.
+    os.environ["SPT_NOENV"] = "1"
+    # A forked process would not carry the reaper's mark, nor go well with our threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore:resource_tracker:UserWarning")
+    return level
 
-    started = [child for child in _children() if child.pid not in others]
-    if llm is not None:
+
+def _stop(llm: Any) -> None:
+    """Takes down the client side; the engine's processes hold nothing that is worth their slow farewell."""
+    if llm is None:
+        return
+    log = logging.getLogger("vllm")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
         with contextlib.suppress(Exception):
-            llm.engine_core.shutdown(timeout=_GRACE_SECONDS)
-    _, left = psutil.wait_procs(started, timeout=_GRACE_SECONDS if llm is None else 1.0)
-    for process in left:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(left, timeout=_GRACE_SECONDS)
-
-
-def _children() -> list[Any]:
-    """Processes below this one, but not the resource tracker that Python keeps for all of them."""
-    import psutil
-
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "resource_tracker" not in " ".join(child.cmdline()):
-                found.append(child)
-    return found
+            llm.engine_core.shutdown(timeout=0)
+    finally:
+        log.setLevel(level)
 
 
 def _sampling_params(sampling: Sampling) -> Any:

@@ -43,8 +43,8 @@ class Example:
     """
 
     id: str
-    prompt_ids: Sequence[int]
-    target_ids: Sequence[int] = ()
+    prompt_ids: Sequence[int] | np.ndarray
+    target_ids: Sequence[int] | np.ndarray = ()
     features: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -299,7 +299,9 @@ class Encoder:
         targets, response_rows, audio_rows = [], [], []
         response_offsets, audio_offsets = [0], [0]
         for place, item in enumerate(items):
-            sequence = torch.tensor([*item.prompt_ids, *item.target_ids], dtype=torch.int64)
+            sequence = torch.cat(
+                [torch.as_tensor(ids, dtype=torch.int64) for ids in (item.prompt_ids, item.target_ids)]
+            )
             input_ids[place, : len(sequence)] = sequence
             attention_mask[place, : len(sequence)] = 1
             start, prompt, response = place * longest, len(item.prompt_ids), len(item.target_ids)

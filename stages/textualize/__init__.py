@@ -1,1 +1,1 @@
-"""Textualize: clips become descriptions, and questions reasoning traces, with vLLM. Only `run` imports heavy packages."""
+"""Textualize: clips become descriptions, questions reasoning traces, with vLLM. Only `run` imports heavy packages."""

@@ -51,8 +51,8 @@ def hidden_loss(
 
     cosine: 1 - s.t / (|s| |t|), in [0, 2], blind to the length of states.
     mse: mean (s - t)^2 / mean t^2 over the width: squared error in units of the teacher's own mean square, since that
-    grows a hundredfold from the first layers to the last and one weight has to serve them all. (Normalizing both
-    sides would give the cosine again, times two.)
+    differs widely between layers and one weight has to serve them all. (Normalizing both sides would give the
+    cosine again, times two.)
 
     Rows are taken in chunks, and each chunk is computed again in the backward pass: no float32 copy of all
     states, the student's or the teacher's, is ever held.

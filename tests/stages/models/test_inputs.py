@@ -115,7 +115,7 @@ def test_an_over_long_clip_is_rejected_not_cut(encoders):
     assert encoder.max_audio_seconds == 3
     assert encoder.audio_tokens(48000) == 75
     for call in (lambda: encoder.audio_tokens(48001), lambda: encoder.features([noise(48001)])):
-        with pytest.raises(Rejected, match="audio_too_long: the clip lasts 3.00 s and the model hears 3 s") as error:
+        with pytest.raises(Rejected, match=r"audio_too_long: the clip lasts 3\.00 s and the model hears 3 s") as error:
             call()
         assert error.value.reason == "audio_too_long"
     with pytest.raises(Rejected, match="audio_too_short"):
@@ -124,7 +124,7 @@ def test_an_over_long_clip_is_rejected_not_cut(encoders):
 
 def test_placeholders_must_match_the_clips(encoders):
     encoder = encoders["qwen2_audio"]
-    with pytest.raises(ModelError, match="holds 1 placeholders .* for 2 clips"):
+    with pytest.raises(ModelError, match=r"holds 1 placeholders .* for 2 clips"):
         encoder.prompt_ids(encoder.prompt_text("a", clips=1), [1600, 1600])
 
 
@@ -187,5 +187,5 @@ def test_a_folder_without_tokenizer_or_extractor_is_named(family, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(family.qwen2_audio, broken)
     (broken / "preprocessor_config.json").unlink()
-    with pytest.raises(ModelError, match="feature extractor in .*broken"):
+    with pytest.raises(ModelError, match=r"feature extractor in .*broken"):
         Encoder(resolve(ModelConfig(str(broken)), tmp_path))

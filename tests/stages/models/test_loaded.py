@@ -115,9 +115,9 @@ def test_captured_layers_are_those_of_transformers(pair):
 def test_an_unknown_layer_is_refused_and_hooks_are_removed(pair):
     _, loaded = pair
     before = [len(layer._forward_hooks) for layer in loaded.layers]
-    with pytest.raises(KdpipeError, match=f"has no layer 99: its layers are 1 to {len(loaded.layers)}"):
-        with loaded.capture([99]):
-            pass
+    missing = f"has no layer 99: its layers are 1 to {len(loaded.layers)}"
+    with pytest.raises(KdpipeError, match=missing), loaded.capture([99]):
+        pass
     with pytest.raises(RuntimeError), loaded.capture([1]):
         raise RuntimeError
     assert [len(layer._forward_hooks) for layer in loaded.layers] == before

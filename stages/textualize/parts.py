@@ -1,0 +1,92 @@
+"""Parts of a run: which samples are written together, and the commit of a part when its last sample is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kdpipe.data.errors import Rejected
+from kdpipe.data.files import build_aside
+from kdpipe.data.hashing import digest
+from kdpipe.data.ledger import Reject, Row
+from kdpipe.stages.base import Context, Wanted
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass
+class _Part:
+    wants: Sequence[Wanted]
+    records: dict[tuple[str, str], tuple[Mapping[str, Any], int, str]] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
+
+
+class Parts:
+    """Collects records and rejections of a run's samples and commits them, a fixed slice of `todo` at a time.
+
+    Samples finish in any order; a part holds them in the order of `todo`, so that the same work gives the same parts.
+
+    Args:
+        ctx: the run.
+        stage: name of the stage whose ledger takes the parts.
+        todo: the wants of the run, in order.
+        size: samples in a part.
+        to_table: a part's table from its records.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        stage: str,
+        todo: Sequence[Wanted],
+        *,
+        size: int,
+        to_table: Callable[[Sequence[Mapping[str, Any]]], pa.Table],
+    ):
+        self._ctx = ctx
+        self._tmp = ctx.tmp(stage)
+        self._to_table = to_table
+        self._part_of: dict[tuple[str, str], _Part] = {}
+        for start in range(0, len(todo), size):
+            part = _Part(todo[start : start + size])
+            self._part_of |= {(want.id, want.source): part for want in part.wants}
+        self.ledger = ctx.ledger(stage)
+
+    def done(self, want: Wanted, record: Mapping[str, Any], *, tokens: int, content: str) -> None:
+        """Takes a finished sample's record; see `kdpipe.data.ledger.Row` for `tokens` and `content`."""
+        part = self._part_of[want.id, want.source]
+        part.records[want.id, want.source] = (record, tokens, content)
+        self._close(part)
+
+    def reject(self, want: Wanted, rejected: Rejected) -> None:
+        """Takes a rejection."""
+        part = self._part_of[want.id, want.source]
+        part.rejects.append(Reject(want.id, want.source, want.key, rejected.reason, rejected.detail))
+        self._close(part)
+
+    def _close(self, part: _Part) -> None:
+        if len(part.records) + len(part.rejects) == len(part.wants):
+            self._commit(part)
+            part.records.clear()
+
+    def _commit(self, part: _Part) -> None:
+        import pyarrow.parquet as pq
+
+        samples = self._ctx.manifest.by_id
+        good = [want for want in part.wants if (want.id, want.source) in part.records]
+        # With ids: two samples may well share a key, and their parts must not share a name.
+        name = digest([(want.id, want.source, want.key) for want in good])[:16] + ".parquet"
+        rows, records = [], []
+        for place, want in enumerate(good):
+            record, tokens, content = part.records[want.id, want.source]
+            records.append(record)
+            rows.append(Row(want.id, want.source, want.key, want.fields, name, place, tokens, content=content))
+        with build_aside(self._tmp, ".parquet") as path:
+            built = {}
+            if rows:
+                pq.write_table(self._to_table(records), path, write_page_checksum=True)
+                built[name] = path
+            self._ctx.recheck(samples[want.id] for want in part.wants)
+            self.ledger.commit(rows, rejects=part.rejects, built=built)
