@@ -241,8 +241,9 @@ class PartReader:
         where = f"part {self.path.name}, array {name}, chunk {chunk}"
         if unit is not None:
             where += f", read for sample {', '.join(map(repr, _samples_of(unit)))}"
-        if not file.exists():
-            raise damaged(self.path, f"{file}: missing ({where})")
+        # zarr would take either for a chunk that was never written, and give zeros.
+        if not file.exists() or not file.stat().st_size:
+            raise damaged(self.path, f"{file}: missing or empty ({where})")
         try:
             data = array[chunk * rows : (chunk + 1) * rows]
         except MemoryError:

@@ -102,10 +102,10 @@ def _chunk(
     masked: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     logits_RV = _logits(hidden_RH, weight_VH[:valid])
-    if not bool(torch.isfinite(logits_RV).all()):
-        raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
     logits_RV[:, masked] = -torch.inf
     log_z_RT = torch.stack([torch.logsumexp(logits_RV / T, dim=1) for T in temperatures], dim=1)
+    if not bool(torch.isfinite(log_z_RT).all()):
+        raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
     kept_RK, ids_RK = torch.topk(logits_RV, k, dim=1)
     logits_RV.scatter_(1, ids_RK, -torch.inf)
     tails = []

@@ -1,1 +1,1 @@
-"""Evaluate: the student, and the untouched one beside it, answer a split with vLLM. Only `run` imports heavy packages."""
+"""Evaluate: the student, and the untouched one beside it, answer with vLLM. Only `run` imports heavy packages."""

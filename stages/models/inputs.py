@@ -130,7 +130,9 @@ class Encoder:
         self.audio_id: int | None = None
         self._extractor: WhisperFeatureExtractor | None = None
         if folder.hears:
-            self.audio_id = int(tokenizer.convert_tokens_to_ids(AUDIO_TOKEN))
+            self.audio_id = tokenizer.get_vocab().get(AUDIO_TOKEN)
+            if self.audio_id is None:
+                raise ModelError(f"{folder.name}: the tokenizer has no {AUDIO_TOKEN} to stand for a clip.")
             self._extractor = _load_extractor(folder)
         self._template = self._load_template()
 

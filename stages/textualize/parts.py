@@ -1,15 +1,16 @@
-"""Parts of a run: which samples are written together, and the commit of a part when its last sample is done."""
+"""Parquet parts: which samples are written together, their commit when the last of them is done, and reading them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.data.errors import Rejected
+from kdpipe.data.errors import Rejected, StoreError
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger import Reject, Row
+from kdpipe.data.ledger import Ledger, Reject, Row
 from kdpipe.stages.base import Context, Wanted
 
 if TYPE_CHECKING:
@@ -90,3 +91,33 @@ class Parts:
                 built[name] = path
             self._ctx.recheck(samples[want.id] for want in part.wants)
             self.ledger.commit(rows, rejects=part.rejects, built=built)
+
+
+def read_records(ledger: Ledger) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """All rows of a ledger whose parts are Parquet tables, each with its record; ordered by part and place.
+
+    Raises:
+        StoreError: a part is missing, damaged, or does not hold what the ledger says; names it.
+    """
+    name, records = None, []
+    for row in sorted(ledger.rows(), key=lambda row: (row.part, row.row)):
+        path = ledger.parts / row.part
+        if row.part != name:
+            name, records = row.part, _read_part(path)
+        if row.row >= len(records) or (records[row.row]["id"], records[row.row]["key"]) != (row.id, row.key):
+            raise StoreError(f"{path}: row {row.row} is not sample {row.id!r} of the ledger. {_remedy(path)}")
+        yield row, records[row.row]
+
+
+def _read_part(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, page_checksum_verification=True).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path}: cannot be read ({error}). {_remedy(path)}") from None
+
+
+def _remedy(path: Path) -> str:
+    return f"Remove {path.parents[1]} and run the stage again, or restore the file from a copy."

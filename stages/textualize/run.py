@@ -67,6 +67,7 @@ class _Unit:
         clips: its decoded clips, at the rate of the model that works on it.
         frames: their lengths at the describer's rate.
         description: once there is one.
+        given: the manifest's trace, once it is checked.
     """
 
     want: Wanted
@@ -74,6 +75,7 @@ class _Unit:
     clips: list[np.ndarray] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     description: Description | None = None
+    given: Chosen | None = None
 
     @property
     def describe_key(self) -> str:
@@ -101,6 +103,7 @@ class _Work:
         self._hearing = Encoder(self._describer)
         self._tracer: ModelFolder | None = None
         self._reading: Encoder | None = None
+        self._parked: list[_Unit] = []
 
     def finish(self, units: Sequence[_Unit]) -> None:
         """Takes all units to their record or rejection."""
@@ -112,14 +115,12 @@ class _Work:
                 unit.description = Description(unit.sample.description.strip())
             else:
                 unit.description = self._descriptions.get(unit.describe_key)
-        parked: list[_Unit] = []
         needs_engine = any(
             unit.description is None or (self._one_engine and unit.sample.trace is None) for unit in units
         )
-        advance = self._first_engine(parked.append)
-        self._pass(units, self._describer if needs_engine else None, prepare=self._prepare, advance=advance)
-        if parked:
-            self._pass(parked, self._tracer, prepare=self._decode_again, advance=self._trace)
+        self._pass(units, self._describer if needs_engine else None, prepare=self._prepare, advance=self._describe)
+        if self._parked:
+            self._pass(self._parked, self._tracer, prepare=self._decode_again, advance=self._trace)
 
     def _pass(
         self,
@@ -150,15 +151,19 @@ class _Work:
         self._bar.update()
 
     def _prepare(self, unit: _Unit) -> None:
-        """Checks the sample and decodes its clips (in a thread)."""
+        """Checks what the manifest brings and decodes the clips (in a thread)."""
         sample = unit.sample
         check_sample(sample)
+        if sample.description is not None and not sample.description.strip():
+            raise Rejected("description_empty", "the manifest's description is blank")
         words = (sample.question, *sample.choices)
         if unit.description is None:
             refuse_special(words, self._hearing.special)
         if sample.trace is None:
             assert self._reading is not None
             refuse_special((*words, sample.description), self._reading.special)
+        else:
+            unit.given = given_trace(sample, self._schema)
         unit.clips = self._decode(sample, self._hearing.rate)
         unit.frames = [len(clip) for clip in unit.clips]
 
@@ -172,28 +177,21 @@ class _Work:
         seconds = self._ctx.config.data.max_seconds
         return [decode(ref, rate=rate, start=sample.start, end=sample.end, max_seconds=seconds) for ref in sample.audio]
 
-    def _first_engine(self, park: Callable[[_Unit], None]) -> Callable[[_Unit, Completion | None], Request | None]:
-        """The steps of a unit on the describer; `park` takes those whose trace another model writes."""
-
-        def advance(unit: _Unit, completion: Completion | None) -> Request | None:
-            if unit.description is None:
-                if completion is None:
-                    return self._describe_request(unit)
-                unit.description = _description(completion)
-                self._descriptions.add(unit.describe_key, unit.description)
-                completion = None
-            if not unit.description.text:
-                raise Rejected("description_empty", "the manifest's description is blank")
-            if unit.sample.trace is not None:
-                self._record(unit, given_trace(unit.sample, self._schema), None)
-                return None
-            if self._one_engine:
-                return self._trace(unit, completion)
-            self._leave(unit)
-            park(unit)
+    def _describe(self, unit: _Unit, completion: Completion | None) -> Request | None:
+        """The steps of a unit on the describer; where another model writes traces, it is parked behind them."""
+        if unit.description is None:
+            if completion is None:
+                return self._describe_request(unit)
+            unit.description, completion = _description(completion), None
+            self._descriptions.add(unit.describe_key, unit.description)
+        if unit.given is not None:
+            self._record(unit, unit.given, None)
             return None
-
-        return advance
+        if self._one_engine:
+            return self._trace(unit, completion)
+        self._leave(unit)
+        self._parked.append(unit)
+        return None
 
     def _trace(self, unit: _Unit, completion: Completion | None) -> Request | None:
         """The last step: asks for the trace, or takes it."""

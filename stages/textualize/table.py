@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.data.errors import StoreError
-from kdpipe.data.ledger import Ledger, Row
+from kdpipe.data.ledger import Ledger
 from kdpipe.stages.base import Context
+from kdpipe.stages.textualize.parts import read_records
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,35 +106,7 @@ def read_traces(source: Context | Ledger) -> dict[str, TraceRow]:
         StoreError: a part is missing or damaged; names it.
     """
     ledger = source.ledger("textualize") if isinstance(source, Context) else source
-    places: dict[str, list[Row]] = defaultdict(list)
-    for row in ledger.rows():
-        if row.source == SOURCE:
-            places[row.part].append(row)
-    traces = {}
-    for part, rows in sorted(places.items()):
-        records = _read_part(ledger.parts / part)
-        for row in rows:
-            record = records[row.row] if row.row < len(records) else None
-            if record is None or record["id"] != row.id:
-                raise StoreError(
-                    f"{ledger.parts / part}: row {row.row} is not sample {row.id!r}. Remove {ledger.folder} and run "
-                    "`kdpipe textualize` again, or restore the file from a copy."
-                )
-            traces[row.id] = _trace_row(record)
-    return traces
-
-
-def _read_part(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, page_checksum_verification=True).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(
-            f"{path}: cannot be read ({error}). Remove {path.parents[1]} and run `kdpipe textualize` again, "
-            "or restore the file from a copy."
-        ) from None
+    return {row.id: _trace_row(record) for row, record in read_records(ledger)}
 
 
 def _trace_row(record: Mapping[str, Any]) -> TraceRow:

@@ -30,11 +30,11 @@ def family(tmp_path_factory):
     return make_family(tmp_path_factory.mktemp("family"))
 
 
-def context(student: Path, teacher: Path, acoustic: Path | None = None, **weights: float) -> Context:
+def context(student: Path, teacher: Path, hears: Path | None = None, **weights: float) -> Context:
     settings = {"acoustic": 0.0, "layer": 0.0, **weights}
     teachers = TeachersConfig(
         TextualTeacherConfig(ModelConfig(str(teacher))),
-        AcousticTeacherConfig(ModelConfig(str(acoustic)) if acoustic else None),
+        AcousticTeacherConfig(ModelConfig(str(hears)) if hears else None),
         k=10_000,
         temperatures=(2, 0.5),
     )

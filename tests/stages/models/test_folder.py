@@ -43,9 +43,9 @@ def test_a_path_is_relative_to_the_configuration(family):
 
 
 def test_unknown_folders_and_hub_names_say_what_to_do(tmp_path):
-    with pytest.raises(ModelError, match="there is no folder .*nowhere"):
+    with pytest.raises(ModelError, match=r"there is no folder .*nowhere"):
         resolve(ModelConfig("nowhere"), tmp_path)
-    with pytest.raises(ModelError, match="nor in the local hub cache .*hf download someone/nothing"):
+    with pytest.raises(ModelError, match=r"nor in the local hub cache .*hf download someone/nothing"):
         resolve(ModelConfig("someone/nothing"), tmp_path)
 
 
@@ -67,7 +67,7 @@ def test_an_unsupported_family_is_named(tmp_path):
     (tmp_path / "whisper").mkdir()
     config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     (tmp_path / "whisper" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="model_type 'whisper'.* not supported"):
+    with pytest.raises(ModelError, match=r"model_type 'whisper'.* not supported"):
         resolve(ModelConfig("whisper"), tmp_path)
 
 

@@ -21,7 +21,7 @@ def vocabulary(name, tokens, special=()):
 def test_the_first_differing_ordinary_id_is_named():
     ours = vocabulary("student", ["a", "b", "c", "d"])
     theirs = vocabulary("teacher", ["a", "b", "x", "y"])
-    with pytest.raises(VocabularyError, match="teacher and student have .* id 2 is 'x' in the teacher and 'c' in the"):
+    with pytest.raises(VocabularyError, match=r"teacher and student have .* id 2 is 'x' in the teacher and 'c' in the"):
         align(ours, theirs, 4, 4)
 
 

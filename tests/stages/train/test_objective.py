@@ -130,9 +130,8 @@ def _jsd(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def _close(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys() and len(ours) > 40
-    scale = max(float(value.abs().max()) for value in theirs.values())
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5 * max(scale, 1.0), msg=name)
+        assert float((ours[name] - value).norm()) < 1e-5 * float(value.norm()), name
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_cross_entropy_is_that_of_transformers_where_nothing_is_masked(scene: Sc
     expected = F.cross_entropy(
         output.logits.flatten(0, 1)[scene.batch.response_rows], scene.batch.targets, reduction="sum"
     )
-    assert float(ours["sft"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(ours["sft"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     _close(gradients, scene.gradients(expected))
 
 
@@ -201,7 +200,7 @@ def test_acoustic_term_is_the_mean_over_layers_at_the_audio_positions(scene: Sce
     with scene.student.capture([4], audio) as states:
         scene.student.hidden(scene.batch)
     expected.append((1 - F.cosine_similarity(states[4], scene.micro.acoustic_states[4])).sum())
-    assert float(sums["acoustic"]) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+    assert float(sums["acoustic"].detach()) == pytest.approx(float(torch.stack(expected).mean().detach()), rel=1e-4)
     scene.gradients(sums["acoustic"])
     towers = [p.grad for n, p in scene.student.model.named_parameters() if "audio_tower.conv1" in n]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in towers)

@@ -1,0 +1,66 @@
+"""The evaluate stage: what it wants of each sample of the evaluation split, from the student and the untouched one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kdpipe.data.hashing import digest
+from kdpipe.stages.base import Context, StagePlan, Wanted
+from kdpipe.stages.config import identity_of
+from kdpipe.stages.models.folder import resolve
+from kdpipe.stages.textualize.stage import sample_fields
+
+BASE, STUDENT = "base", "student"
+"""Sources of this stage's rows: answers of the student's checkpoint before training, and after."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Answers to the evaluation split, one row a sample and model."""
+
+    name: str = "evaluate"
+    version: int = 1
+    needs: tuple[str, ...] = ("train",)
+
+    def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
+        """One want a sample and model; the student's are pending until it is trained.
+
+        Raises:
+            ModelError: the student's checkpoint cannot be found.
+        """
+        config, student = ctx.config.evaluate, ctx.config.student
+        sampling = identity_of(config)
+        engine = sampling.pop("engine")
+        common = {
+            "version": str(self.version),
+            "prompt": digest([student.system, student.prompt]),
+            "sampling": digest(sampling),
+            "limits": digest([ctx.config.data.max_seconds, engine]),
+        }
+        train = plans["train"]
+        trained = bool(train.wanted) and not train.todo
+        models: dict[str, tuple[str, str | None]] = {}
+        if config.base:
+            models[BASE] = (resolve(student.model, ctx.base).digest(ctx.prints), None)
+        if trained:
+            models[STUDENT] = (digest(sorted(want.key for want in train.wanted)), None)
+        else:
+            models[STUDENT] = ("", "train")
+        samples = [
+            (sample.id, common | sample_fields(ctx, sample)) for sample in ctx.samples(ctx.config.data.eval_split)
+        ]
+        return [
+            Wanted(sample, source, {**fields, "model": model}, pending=pending)
+            for source, (model, pending) in models.items()
+            for sample, fields in samples
+        ]
+
+    def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:
+        """Makes `todo`; see `kdpipe.stages.evaluate.run`."""
+        from kdpipe.stages.evaluate.run import run
+
+        run(ctx, todo)
+
+
+STAGE = Evaluate()
