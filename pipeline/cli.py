@@ -30,6 +30,8 @@ class _Group(click.Group):
             head = f"Error: {len(lines)} problems:\n  " if len(lines) > 1 else "Error: "
             click.echo(head + "\n  ".join(lines), err=True)
             sys.exit(2)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             click.echo(f"Error: {error}. What was committed is kept; mend it and run the command again.", err=True)
             sys.exit(2)

@@ -86,7 +86,7 @@ def _textual(work: _Work, wants: Sequence[Wanted]) -> None:
             fill(asks.prompt, sample, description), system=asks.system, **asks.chat_template_kwargs
         )
         example = _with_targets(work, sample, encoder.prompt_ids(text))
-        return Job((want,), (sample,), example, _kept_too(work, want))
+        return Job((want,), (sample,), example, _kept_too(work, [want]))
 
     jobs = _build_all(work, wants, build)
     _run_teacher(work, folder, encoder, [("textual", jobs, "response")])
@@ -105,13 +105,13 @@ def _acoustic(work: _Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) 
         first = wants[0]
         frames = _frames(work, first.id)
         prompt_ids = encoder.prompt_ids(_audio_prefix(encoder, student.system, len(frames)), frames)
-        return job(wants, Example(first.key, np.array(prompt_ids, np.int32)), _kept_too(work, first))
+        return job(wants, Example(first.key, np.array(prompt_ids, np.int32)), _kept_too(work, wants))
 
     def answer(want: Wanted) -> Job:
         sample, frames = work.samples[want.id], _frames(work, want.id)
         text = encoder.prompt_text(fill(student.prompt, sample), system=student.system, clips=len(frames))
         example = _with_targets(work, sample, encoder.prompt_ids(text, frames))
-        return job([want], example, _kept_too(work, want))
+        return job([want], example, _kept_too(work, [want]))
 
     by_key: dict[str, list[Wanted]] = {}
     for want in _link_known(work, heard):
@@ -149,7 +149,7 @@ def _with_teacher(work: _Work, folder: ModelFolder, encoder: Encoder, tasks: Seq
             jobs,
             encoder,
             partial(Scribe, loaded, config, work.needs.alignment, over),
-            features if folder.hears else None,
+            None if source == "textual" else features,
         )
 
 
@@ -223,15 +223,15 @@ def _audio_prefix(encoder: Encoder, system: str | None, clips: int) -> str:
     return prefixes.pop()
 
 
-def _kept_too(work: _Work, want: Wanted) -> dict[str, Any]:
-    """What is asked for, and what the row to be replaced holds under the same key: another run may use that."""
-    row = work.ledger.get(want.id, want.source)
-    if row is None or row.key != want.key:
-        return dict(want.cover)
-    merged = dict(row.cover)
-    for name, value in want.cover.items():
-        have = merged.get(name)
-        merged[name] = sorted({*(have or []), *value}) if isinstance(value, list) else max(have or 0, value)
+def _kept_too(work: _Work, wants: Sequence[Wanted]) -> dict[str, Any]:
+    """What wants of one key ask for, and what the rows to be replaced hold: another run may use that."""
+    rows = [work.ledger.get(want.id, want.source) for want in wants]
+    held = [row.cover for row in rows if row is not None and row.key == wants[0].key]
+    merged: dict[str, Any] = {}
+    for cover in [*held, *(want.cover for want in wants)]:
+        for name, value in cover.items():
+            have = merged.get(name)
+            merged[name] = sorted({*(have or []), *value}) if isinstance(value, list) else max(have or 0, value)
     return merged
 
 

@@ -22,6 +22,7 @@ class Evaluate:
     name: str = "evaluate"
     version: int = 1
     needs: tuple[str, ...] = ("train",)
+    whole: bool = False
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """One want a sample and model; the student's are pending until it is trained.
@@ -39,7 +40,7 @@ class Evaluate:
             "limits": digest([ctx.config.data.max_seconds, engine]),
         }
         train = plans["train"]
-        trained = bool(train.wanted) and not train.todo
+        trained = bool(train.wanted) and not train.todo and not train.removed
         models: dict[str, tuple[str, str | None]] = {}
         if config.base:
             models[BASE] = (resolve(student.model, ctx.base).digest(ctx.prints), None)

@@ -107,7 +107,8 @@ def trace(scene: Scene, question: Question) -> str:
     if question.task == "count":
         pairs = zip(_POSITIONS, names, strict=False)
     elif question.task == "direction":
-        pairs = (("first", names[0]), ("last", names[-1]), (_NAMES[max(tones[0], tones[-1]) - 1], "is above"))
+        top, place = (names[0], "first") if answer == "lower" else (names[-1], "last")
+        pairs = ((names[0], "first"), (names[-1], "last"), ("top", top, place))
     elif question.task == "highest":
         pairs = zip(names, _names(np.maximum.accumulate(tones)), strict=True)
     else:

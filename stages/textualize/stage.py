@@ -43,6 +43,7 @@ class Textualize:
     name: str = "textualize"
     version: int = 1
     needs: tuple[str, ...] = ()
+    whole: bool = False
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """One want a sample. What the manifest brings does not depend on the model that would have made it.

@@ -102,7 +102,9 @@ def train(
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp))
         stopped = stack.enter_context(_stop_signals())
-        bar = stack.enter_context(tqdm(total=total_steps, initial=done, desc="train", unit="step", mininterval=0.5))
+        bar = stack.enter_context(
+            tqdm(total=total_steps, initial=done, desc="train", unit="step", mininterval=0.5, disable=None)
+        )
         items = islice(stream, total_steps - done)
         batches = stack.enter_context(closing(prefetch(items, reader.load, depth=_AHEAD, threads=_THREADS)))
         meter = _Meter()

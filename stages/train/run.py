@@ -55,6 +55,11 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         )
     needs = requirements(ctx)
     base, terms = needs.student, resolve_terms(ctx.config, needs)
+    if base.settings.dtype == "float16":
+        raise KdpipeError(
+            "student.model.dtype: gradients underflow in float16, and kdpipe does not scale the loss. "
+            "Say bfloat16 or float32."
+        )
     ledger = plans["cache-teachers"].ledger
     targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
     stream = _stream(config.seed, config.global_batch_tokens, config.window_parts, config.epochs, targets)
@@ -87,14 +92,17 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         identity=place.identity,
         metrics=read_metrics(place.metrics),
     )
+    own = ctx.ledger(STAGE.name)
     with build_aside(place.tmp) as built:
         write_student(built, base, student.model, model_card(made))
+        # Rows of the student that is replaced go first: at no moment do they stand beside another's weights.
+        own.commit(drop=[(row.id, row.source) for row in own.rows()])
         move_into_place(built, place.folder / SOURCE)
     rows = [
         Row(want.id, SOURCE, want.key, want.fields, SOURCE, content=place.identity, tokens=targets[want.id].tokens)
         for want in plan.wanted
     ]
-    ctx.ledger(STAGE.name).commit(rows, drop=plan.removed)
+    own.commit(rows)
     ctx.say(f"train: {total} steps on {len(rows)} samples; the student lies in {place.folder / SOURCE}")
 
 

@@ -22,12 +22,6 @@ from kdpipe.stages.config import (
     TrainConfig,
     WeightsConfig,
 )
-from kdpipe.stages.miniature.models import make_family
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 def context(student: Path, teacher: Path, hears: Path | None = None, **weights: float) -> Context:

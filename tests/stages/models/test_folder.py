@@ -10,13 +10,7 @@ import pytest
 from kdpipe.data.errors import ModelError
 from kdpipe.data.hashing import Fingerprints
 from kdpipe.stages.config import ModelConfig
-from kdpipe.stages.miniature.models import make_family
 from kdpipe.stages.models.folder import resolve
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,10 @@ import torch
 
 from kdpipe.data.errors import ModelError, Rejected
 from kdpipe.stages.config import ModelConfig
-from kdpipe.stages.miniature.models import make_family
 from kdpipe.stages.models.folder import resolve
 from kdpipe.stages.models.inputs import Encoder, Example
 
 FAMILIES = ("qwen2_audio", "qwen2_5_omni")
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from kdpipe.data.errors import KdpipeError, ModelError
 from kdpipe.stages.config import ModelConfig
-from kdpipe.stages.miniature.models import make_family
 from kdpipe.stages.models.folder import resolve
 from kdpipe.stages.models.inputs import Encoder, Example
 from kdpipe.stages.models.loaded import load_model, pick_device
@@ -20,11 +19,6 @@ NAMES = ("teacher", "qwen2_audio", "qwen2_5_omni")
 @pytest.fixture(scope="module", autouse=True)
 def threads():
     torch.set_num_threads(2)
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 def folder_of(path, base, dtype="float32"):
@@ -174,6 +168,20 @@ def test_tied_embeddings(family, tmp_path):
     own = loaded.model(**batch.forward).logits.flatten(0, 1)[batch.response_rows]
     torch.nn.functional.cross_entropy(own, batch.targets).backward()
     torch.testing.assert_close(found, loaded.head_weight.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_stays_near_float32(name, family, tmp_path):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        folder = folder_of(getattr(family, name), tmp_path, dtype=dtype)
+        encoder, loaded = Encoder(folder), load_model(folder, device="cpu")
+        batch = encoder.collate(examples(encoder))
+        with torch.no_grad():
+            found[dtype] = loaded.hidden(batch).flatten(0, 1)[batch.response_rows]
+    assert found["bfloat16"].dtype == torch.bfloat16
+    cosine = torch.nn.functional.cosine_similarity(found["bfloat16"].float(), found["float32"], dim=1)
+    assert float(cosine.min()) > 0.99
 
 
 def test_loading_freezes_unless_training(family, tmp_path):

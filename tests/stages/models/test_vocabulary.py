@@ -5,13 +5,7 @@ import json
 import pytest
 
 from kdpipe.data.errors import ModelError, VocabularyError
-from kdpipe.stages.miniature.models import make_family
 from kdpipe.stages.models.vocabulary import Vocabulary, align, load_vocabulary
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 def vocabulary(name, tokens, special=()):

@@ -154,6 +154,34 @@ def test_a_sample_that_upstream_rejects_is_no_longer_wanted(trained: Any) -> Non
     manifest.write_text(text)
 
 
+def test_a_crash_between_student_and_ledger_leaves_no_rows_of_the_old_student(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdpipe.stages.train import run as module
+
+    run = trained.elsewhere("crash", max_steps=1)
+    run.train()
+    true = module.move_into_place
+
+    def crashing(built: Any, target: Any) -> None:
+        true(built, target)
+        raise OSError("power lost")
+
+    monkeypatch.setattr(module, "move_into_place", crashing)
+    with pytest.raises(OSError, match="power lost"):
+        run.train(learning_rate=1e-4)
+    run.config = replace(run.config, train=replace(run.config.train, learning_rate=2e-3))
+    assert run.student.exists() and _stale(run) == {"s00", "s01", "s02", "s03"}
+
+
+def test_float16_is_refused_before_anything_is_loaded(trained: Any) -> None:
+    model = replace(trained.config.student.model, dtype="float16")
+    acoustic = AcousticTeacherConfig(trained.config.student.model)
+    run = _with(_with(trained, "student", model=model), "teachers", acoustic=acoustic)
+    with pytest.raises(KdpipeError, match=r"student\.model\.dtype: gradients underflow in float16"):
+        STAGE.run(run.ctx, [])
+
+
 def test_acoustic_layers_are_part_of_the_objective(trained: Any) -> None:
     teachers = replace(trained.config.teachers, acoustic=AcousticTeacherConfig(layers="skip"))
     run = replace(trained, config=replace(trained.config, teachers=teachers, layers=LayersConfig(every=2)))
