@@ -2,7 +2,7 @@
 
 vLLM's engine core outlives a parent that dies by SIGTERM or SIGKILL, and keeps the GPU's memory. So every process of
 an engine carries a mark in its environment, and a watcher of its own session ends what carries it when its parent is
-gone. Run as `python -m kdpipe.stages.models.reaper MARK`.
+gone. Run as `python -m kdpipe.stages.models.reaper MARK PID`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _POLL_SECONDS = 0.5
 def watch(mark: str) -> subprocess.Popen[bytes]:
     """Starts a watcher that ends all processes of `mark` once the calling process is gone."""
     environment = {name: value for name, value in os.environ.items() if name != MARK}
-    return subprocess.Popen(
-        [sys.executable, "-m", __name__, mark], stdin=subprocess.DEVNULL, start_new_session=True, env=environment
-    )
+    # The parent may be gone before the watcher could ask for its id.
+    command = [sys.executable, "-m", __name__, mark, str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
 
 
 def end(mark: str, *, seconds: float = 10.0) -> None:
@@ -55,13 +55,12 @@ def _marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def main(mark: str) -> None:
+def main(mark: str, parent: int) -> None:
     """Waits until the parent is gone, then ends what it left."""
-    parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     end(mark)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

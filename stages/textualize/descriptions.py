@@ -43,7 +43,8 @@ class Descriptions:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                    self._known[record.pop("key")] = Description(**record)
+                    key = record.pop("key")
+                    self._known[key] = Description(**record)
                 except (ValueError, TypeError, KeyError, AttributeError):
                     continue
 

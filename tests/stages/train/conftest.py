@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from kdpipe.data.cota import TraceSchema
-from kdpipe.data.files import build_aside
-from kdpipe.data.hashing import digest
-from kdpipe.data.ledger import Row
 from kdpipe.stages.base import Context, StagePlan, compare
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.config import (
@@ -32,7 +27,6 @@ from kdpipe.stages.config import (
     WeightsConfig,
 )
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
-from kdpipe.stages.textualize.table import section_column, to_table
 from kdpipe.stages.train.metrics import read_metrics
 from kdpipe.stages.train.stage import STAGE as TRAIN
 
@@ -75,9 +69,7 @@ class Run:
     def bring_up_to_date(self, *stages: Any) -> None:
         for stage in stages or (TEXTUALIZE, CACHE_TEACHERS, TRAIN):
             plan = self.plans()[stage.name]
-            if stage is TEXTUALIZE:
-                give_traces(self.ctx, plan)
-            elif plan.todo or plan.removed:
+            if plan.todo or plan.removed:
                 stage.run(self.ctx, plan.todo)
 
     def train(self, **changes: Any) -> list[dict[str, Any]]:
@@ -128,37 +120,6 @@ def write_world(folder: Path, samples: int) -> None:
             }
         )
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def give_traces(ctx: Context, plan: StagePlan) -> None:
-    """What textualize makes of a manifest that brings descriptions and traces."""
-    samples = {sample.id: sample for sample in ctx.samples("train")}
-    schema, records, rows = TraceSchema(), [], []
-    for number, want in enumerate(plan.todo):
-        sample = samples[want.id]
-        assert sample.trace is not None
-        trace = schema.parse(sample.trace)
-        text = schema.render(trace)
-        records.append(
-            {
-                "id": want.id,
-                "key": want.key,
-                "description": sample.description,
-                "trace": text,
-                **{section_column(name): value for name, value in trace.sections.items()},
-                "response": trace.response,
-                "audio_samples": [1],
-                "audio_rate": 16000,
-            }
-        )
-        part = f"{digest([want.key for want in plan.todo])[:16]}.parquet"
-        rows.append(
-            Row(want.id, "trace", want.key, want.fields, part, number, content=digest([sample.description, text]))
-        )
-    if rows:
-        with build_aside(ctx.tmp("textualize"), ".parquet") as path:
-            pq.write_table(to_table(records, schema.sections), path, write_page_checksum=True)
-            ctx.ledger("textualize").commit(rows, built={rows[0].part: path})
 
 
 def make_config(

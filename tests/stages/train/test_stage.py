@@ -155,11 +155,11 @@ def test_a_sample_that_upstream_rejects_is_no_longer_wanted(trained: Any) -> Non
 
 
 def test_a_crash_between_student_and_ledger_leaves_no_rows_of_the_old_student(
-    trained: Any, monkeypatch: pytest.MonkeyPatch
+    cached: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kdpipe.stages.train import run as module
 
-    run = trained.elsewhere("crash", max_steps=1)
+    run = cached("SFT only", samples=4).elsewhere("crash", max_steps=1)
     run.train()
     true = module.move_into_place
 
@@ -174,10 +174,9 @@ def test_a_crash_between_student_and_ledger_leaves_no_rows_of_the_old_student(
     assert run.student.exists() and _stale(run) == {"s00", "s01", "s02", "s03"}
 
 
-def test_float16_is_refused_before_anything_is_loaded(trained: Any) -> None:
-    model = replace(trained.config.student.model, dtype="float16")
-    acoustic = AcousticTeacherConfig(trained.config.student.model)
-    run = _with(_with(trained, "student", model=model), "teachers", acoustic=acoustic)
+def test_float16_is_refused_before_anything_is_loaded(cached: Any) -> None:
+    run = cached("SFT only", samples=4)
+    run = _with(run, "student", model=replace(run.config.student.model, dtype="float16"))
     with pytest.raises(KdpipeError, match=r"student\.model\.dtype: gradients underflow in float16"):
         STAGE.run(run.ctx, [])
 

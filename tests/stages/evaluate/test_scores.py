@@ -1,0 +1,128 @@
+"""Scores: predictions from outputs, accuracy by task, and the files made from the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from kdpipe.data.errors import Rejected
+from kdpipe.stages.base import Context, Wanted
+from kdpipe.stages.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    StudentConfig,
+    TeachersConfig,
+    TextualTeacherConfig,
+)
+from kdpipe.stages.evaluate.run import prediction_of
+from kdpipe.stages.evaluate.scores import assemble, assembled, report, score, to_table
+from kdpipe.stages.textualize.parts import Parts
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("<THINK><SUMMARY>Two.</SUMMARY></THINK><RESPONSE> two </RESPONSE>", "two"),
+        ("<think>hm</think><response>two</response>", "two"),
+        ("<THINK>...</THINK><RESPONSE>tw", "tw"),
+        ("<THINK><PLANNING>Count the tones and", ""),
+        ("</THINK> two", ""),
+        ("  two \n", "two"),
+        ("3 < 4", "3 < 4"),
+        ("", ""),
+    ],
+)
+def test_prediction_is_the_response_or_an_untagged_output(output, expected):
+    assert prediction_of(output) == expected
+
+
+def record(name: str, source: str, correct: bool | None, task: str | None = "count", prediction: str = "two") -> dict:
+    texts = {"key": "k", "answer": "two", "prediction": prediction, "output": prediction, "finish_reason": "stop"}
+    return {"id": name, "source": source, "task": task, "correct": correct, "tokens": 2, **texts}
+
+
+def test_scores_count_by_task():
+    records = [
+        record("a", "base", True),
+        record("b", "base", False),
+        record("c", "base", False, "parity", ""),
+        record("d", "base", None),
+        record("e", "base", True, None),
+    ]
+    scores = score(records, rejected=2)
+    by_task = scores.pop("by_task")
+    assert scores == {"accuracy": 0.5, "n": 4, "correct": 2, "unanswered": 1, "unscored": 1, "rejected": 2}
+    assert by_task == {
+        "all": {"accuracy": 1.0, "n": 1, "correct": 1, "unanswered": 0},
+        "count": {"accuracy": 0.5, "n": 2, "correct": 1, "unanswered": 0},
+        "parity": {"accuracy": 0.0, "n": 1, "correct": 0, "unanswered": 1},
+    }
+    assert score([], 0)["accuracy"] is None
+
+
+def test_report_sets_base_beside_student():
+    scores = {
+        "base": score([record("a", "base", False), record("b", "base", True, "parity")], 0),
+        "student": score([record("a", "student", True), record("b", "student", True, "parity")], 1),
+    }
+    assert report(scores) == [
+        "task         n      base   student",
+        "count        1     0.00%   100.00%",
+        "parity       1   100.00%   100.00%",
+        "all          2    50.00%   100.00%",
+        "student: 1 rejected",
+    ]
+
+
+@pytest.fixture
+def ctx(tmp_path):
+    rows = [{"id": name, "audio": "a.wav", "question": "?", "split": "test"} for name in "cab"]
+    rows.append({"id": "t", "audio": "a.wav", "question": "?"})
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ModelConfig("none")
+    config = Config(
+        DataConfig("manifest.jsonl"),
+        StudentConfig(model),
+        TeachersConfig(TextualTeacherConfig(model)),
+        evaluate=EvaluateConfig(),
+    )
+    return Context(config, tmp_path, say=lambda line: None)
+
+
+def commit(ctx: Context, records: list[dict[str, Any]], rejected: Sequence[tuple[str, str]] = ()) -> None:
+    todo = [Wanted(r["id"], r["source"], {"x": r["id"]}) for r in records]
+    refused = [Wanted(name, source, {"x": name}) for name, source in rejected]
+    parts = Parts(ctx, "evaluate", [*todo, *refused], size=2, to_table=to_table)
+    for want, values in zip(todo, records, strict=True):
+        parts.done(want, values | {"key": want.key}, tokens=1, content="c")
+    for want in refused:
+        parts.reject(want, Rejected("audio_missing", "gone"))
+
+
+def test_assemble_writes_what_the_ledger_holds_of_the_split(ctx):
+    assert not assembled(ctx)
+    records = [record(name, source, source == "student") for source in ("student", "base") for name in "abt"]
+    commit(ctx, records, [("c", "base"), ("c", "student")])
+    scores = assemble(ctx)
+    assert assembled(ctx)
+    folder = ctx.folder("evaluate")
+    assert json.loads((folder / "scores.json").read_text()) == scores
+    assert (scores["split"], scores["samples"]) == ("test", 3)
+    assert (scores["base"]["accuracy"], scores["student"]["accuracy"]) == (0.0, 1.0)
+    assert (scores["base"]["n"], scores["base"]["rejected"]) == (2, 1)
+    table = pq.read_table(folder / "predictions.parquet").to_pylist()
+    assert [(row["source"], row["id"]) for row in table] == [
+        ("base", "a"),
+        ("base", "b"),
+        ("student", "a"),
+        ("student", "b"),
+    ]
+    (folder / "scores.json").unlink()
+    assert not assembled(ctx)
+    assert assemble(ctx) == scores
