@@ -21,7 +21,7 @@ class Requirements:
         student: the model to teach; its tokenizer makes the targets.
         textual: the teacher that reads, or None where no term needs it.
         acoustic: the teacher that hears, or None.
-        alignment: ids that all stored distributions are over, the same in all of them; None where there are none.
+        alignment: ids that all distributions are over, the same in all of them.
         k: entries kept of a distribution, no more than there are shared ids.
         temperatures: rising, 1 among them.
         lens: textual-teacher layers whose lens distributions are wanted, without the last: its lens is the top.
@@ -33,7 +33,7 @@ class Requirements:
     student: ModelFolder
     textual: ModelFolder | None
     acoustic: ModelFolder | None
-    alignment: Alignment | None
+    alignment: Alignment
     k: int
     temperatures: tuple[float, ...]
     lens: tuple[int, ...]
@@ -67,12 +67,13 @@ def requirements(ctx: Context) -> Requirements:
     weights = config.train.weights
     student = resolve(config.student.model, ctx.base)
     _must_hear(student, "student.model")
+    reader = resolve(config.teachers.textual.model, ctx.base)
     textual = acoustic = None
     lens: tuple[int, ...] = ()
     hidden: tuple[int, ...] = ()
     heard: tuple[int, ...] = ()
     if weights.top > 0 or weights.layer > 0:
-        textual = resolve(config.teachers.textual.model, ctx.base)
+        textual = reader
     if textual is not None and weights.layer > 0:
         layers = tuple(sorted(set(layer_map(config.layers, student.layers, textual.layers).values())))
         if config.layers.match == "hidden":
@@ -85,10 +86,12 @@ def requirements(ctx: Context) -> Requirements:
     if acoustic is not None and weights.acoustic > 0:
         _must_match(acoustic, student)
         heard = acoustic_layers(config, student.layers)
-    speakers = [textual] if textual is not None else []
-    speakers += [acoustic] if acoustic is not None and weights.acoustic_top > 0 else []
-    alignment = _align_all(student, speakers)
-    shared = alignment.valid - len(alignment.masked) if alignment is not None else 0
+    # The reader's vocabulary counts whether or not this run's weights use it, so that runs with other weights share
+    # one cache and one definition of the cross-entropy.
+    alignment = _align_all(
+        student, [reader, *([acoustic] if acoustic is not None and weights.acoustic_top > 0 else [])]
+    )
+    shared = alignment.valid - len(alignment.masked)
     return Requirements(
         student,
         textual,
@@ -121,14 +124,12 @@ def _must_match(acoustic: ModelFolder, student: ModelFolder) -> None:
         )
 
 
-def _align_all(student: ModelFolder, teachers: list[ModelFolder]) -> Alignment | None:
+def _align_all(student: ModelFolder, teachers: list[ModelFolder]) -> Alignment:
     """Ids that the student shares with every teacher."""
     found = [
         align(_vocabulary(student.path, student.name), _vocabulary(t.path, t.name), student.head_rows, t.head_rows)
         for t in teachers
     ]
-    if not found:
-        return None
     valid = min(one.valid for one in found)
     masked = sorted({index for one in found for index in one.masked if index < valid})
     return Alignment(valid, tuple(masked))

@@ -90,7 +90,7 @@ def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str,
     tokenizer = {"version": str(version), "student.tokenizer": needs.student.tokenizer_digest(ctx.prints)}
     prompt = {"student.prompt": digest([config.student.system, config.student.prompt])}
     seconds, length = config.data.max_seconds, teachers.max_length
-    alignment = {"alignment": digest(needs.alignment)} if needs.alignment is not None else {}
+    alignment = {"alignment": digest(needs.alignment)}
     numerics = {"numerics": digest([teachers.logprob_dtype, teachers.tail_blocks])}
     fields = {"targets": tokenizer | prompt | alignment | {"limits": digest([length, seconds])}}
     if needs.textual is not None:

@@ -49,15 +49,13 @@ class Target:
         return self.prompt + len(self.ids)
 
 
-def make_target(
-    ctx: Context, encoder: Encoder, alignment: Alignment | None, sample: Sample, trace: TraceRow | None
-) -> Target:
+def make_target(ctx: Context, encoder: Encoder, alignment: Alignment, sample: Sample, trace: TraceRow | None) -> Target:
     """Tokenizes a response and measures the student's sequence.
 
     Args:
         ctx: the run.
         encoder: of the student.
-        alignment: ids that teachers share with the student, or None.
+        alignment: ids that teachers share with the student.
         sample: the sample; its clips are decoded.
         trace: what the student shall write.
 
@@ -70,8 +68,7 @@ def make_target(
         raise Rejected("trace_missing", "textualize holds no trace for it")
     refuse_special((sample.question, *sample.choices, trace.trace), encoder.special)
     ids = encoder.target_ids(trace.trace)
-    if alignment is not None:
-        _refuse_unshared(ids, encoder, alignment)
+    _refuse_unshared(ids, encoder, alignment)
     frames = tuple(
         len(decode(ref, rate=encoder.rate, start=sample.start, end=sample.end, max_seconds=ctx.config.data.max_seconds))
         for ref in sample.audio
