@@ -13,6 +13,12 @@ from kdpipe.pipeline.plan import STAGES, make_plans
 from kdpipe.pipeline.runner import Request
 
 _PR_SET_PDEATHSIG = 1
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+"""Defaults of environment variables that keep libraries from writing over the progress bar."""
 
 
 def _end_with_parent() -> None:
@@ -25,7 +31,8 @@ def main(arguments: list[str]) -> int:
     """Runs one stage and returns the exit status: 0, 2 for an error of the user's, 130 for an interruption."""
     stage, config_file, *overrides = arguments
     _end_with_parent()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         ctx = Request(Path(config_file), tuple(overrides)).context()
         plan = make_plans(ctx, stage)[stage]

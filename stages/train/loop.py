@@ -7,6 +7,7 @@ the same however the batch is cut.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -30,8 +31,8 @@ from kdpipe.stages.train.metrics import MetricsFile
 from kdpipe.stages.train.objective import OVER_AUDIO, Objective
 from kdpipe.stages.train.optimizer import Optimizer
 
-_AHEAD = 3
-_THREADS = 2
+_AHEAD = 4  # global batches loaded ahead of the step
+_THREADS = min(_AHEAD, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
