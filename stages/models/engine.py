@@ -114,8 +114,11 @@ class Engine:
         Raises:
             Rejected: `too_long` (prompt and one token more than `engine.max_model_len`), `audio_too_long`,
                 `audio_too_short`, or `engine_refused` with vLLM's own words.
+            KdpipeError: the engine died.
         """
+        from vllm.exceptions import VLLMClientError
         from vllm.renderers.inputs.preprocess import parse_model_prompt
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         length = len(self.encoder.prompt_ids(request.prompt, [len(clip) for clip in request.clips]))
         if length >= self._max_length:
@@ -134,7 +137,9 @@ class Engine:
             parsed = parse_model_prompt(self._llm.model_config, prompt)
             (rendered,) = self._llm.renderer.render_cmpl([parsed], self._tokenization)
             self._llm.add_request(name, rendered, _sampling_params(request.sampling))
-        except (ValueError, RuntimeError) as error:
+        except EngineDeadError as error:
+            raise self._death() from error
+        except (VLLMClientError, ValueError, RuntimeError) as error:
             self._forget_clips(rendered)
             raise Rejected("engine_refused", " ".join(str(error).split())) from error
         return name
@@ -150,12 +155,15 @@ class Engine:
         try:
             outputs = self._llm.step()
         except EngineDeadError as error:
-            raise KdpipeError(
-                f"{self.encoder.folder.name}: the vLLM engine died; its own message stands above. What was committed "
-                "is kept, and the same command goes on from there. If memory ran out, lower engine.max_num_seqs, "
-                "engine.max_model_len or engine.gpu_memory_utilization."
-            ) from error
+            raise self._death() from error
         return [(output.request_id, _completion(output)) for output in outputs if output.finished]
+
+    def _death(self) -> KdpipeError:
+        return KdpipeError(
+            f"{self.encoder.folder.name}: the vLLM engine died; its own message stands above. What was committed is "
+            "kept, and the same command goes on from there. If memory ran out, lower engine.max_num_seqs, "
+            "engine.max_model_len or engine.gpu_memory_utilization."
+        )
 
     def _forget_clips(self, rendered: Any) -> None:
         """Takes the clips of a request that never reached the engine out of the sender's cache.
@@ -296,6 +304,7 @@ class _Ahead(Generic[T]):
 def _start(folder: ModelFolder, config: EngineConfig, clips: int, seed: int) -> Any:
     level = _set_environment()
     from vllm import EngineArgs, LLMEngine
+    from vllm.config import StructuredOutputsConfig
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
@@ -318,6 +327,7 @@ def _start(folder: ModelFolder, config: EngineConfig, clips: int, seed: int) -> 
             tensor_parallel_size=config.tensor_parallel_size,
             enforce_eager=config.enforce_eager,
             seed=seed,
+            structured_outputs_config=StructuredOutputsConfig(backend="xgrammar"),
             disable_log_stats=True,
             use_tqdm_on_load=level in ("INFO", "DEBUG"),
             **settings,
