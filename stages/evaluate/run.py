@@ -19,7 +19,8 @@ from kdpipe.data.manifest import Sample, check_sample
 from kdpipe.stages.base import Context, Wanted, check_reject_budget
 from kdpipe.stages.evaluate.scores import assemble, to_table
 from kdpipe.stages.evaluate.stage import BASE, STAGE, STUDENT
-from kdpipe.stages.models.engine import Completion, Engine, Request, Sampling, drive, open_engine, seed_of
+from kdpipe.stages.models.drive import drive
+from kdpipe.stages.models.engine import Completion, Engine, Request, Sampling, open_engine, seed_of
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.prompt import fill, refuse_special
 from kdpipe.stages.textualize.parts import Parts

@@ -1,6 +1,6 @@
 """vLLM, fed continuously: requests go in while finished ones come out, on a GPU or on the CPU build.
 
-The engine runs in processes of its own. Clips are decoded by threads of this one, a bounded distance ahead.
+The engine runs in processes of its own, so that it works while this one decodes clips and writes results.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import gc
 import logging
 import os
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +24,8 @@ from kdpipe.stages.models import reaper
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Encoder
 
-T = TypeVar("T")
-
-_DECODE_THREADS = min(4, os.cpu_count() or 1)
-_DECODED_AHEAD = 16  # clips: a minute of audio is 4 MB
 _QUEUED_PER_SEQUENCE = 2  # requests in the engine for each it can run at once, so that it never waits for us
+_LIVENESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -153,10 +148,24 @@ class Engine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
+            self._await_output()
             outputs = self._llm.step()
         except EngineDeadError as error:
             raise self._death() from error
         return [(output.request_id, _completion(output)) for output in outputs if output.finished]
+
+    def _await_output(self) -> None:
+        """Waits until there is an output, or the engine is found dead.
+
+        vLLM's own wait does not end when the engine core is killed outright, as the system does where memory is short.
+        """
+        core = self._llm.engine_core
+        arrival = core.outputs_queue.not_empty
+        while True:
+            with arrival:
+                if core.outputs_queue.queue or arrival.wait(_LIVENESS_SECONDS):
+                    return
+            core.ensure_alive()
 
     def _death(self) -> KdpipeError:
         return KdpipeError(
@@ -214,93 +223,6 @@ def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: 
         gc.collect()
 
 
-def drive(
-    engine: Engine | None,
-    items: Iterable[T],
-    *,
-    prepare: Callable[[T], object],
-    advance: Callable[[T, Completion | None], Request | None],
-    reject: Callable[[T, Rejected], None],
-) -> None:
-    """Takes items through the engine, many at once, each through as many requests as it asks for.
-
-    Args:
-        engine: None when no item will ask for anything.
-        items: started in this order; finished in any.
-        prepare: called for each item in a thread, ahead of the engine; may raise `Rejected`.
-        advance: called with None when an item is prepared and with the completion of each of its requests; gives the
-            next request, or None when the item is done; may raise `Rejected`.
-        reject: called in place of anything further for an item that was rejected.
-    """
-    running: dict[str, T] = {}
-
-    def follow(item: T, completion: Completion | None) -> None:
-        try:
-            request = advance(item, completion)
-            if request is not None:
-                assert engine is not None, "an item asked for an engine that was not opened"
-                running[engine.submit(request)] = item
-        except Rejected as rejected:
-            reject(item, rejected)
-
-    with _Ahead(items, prepare) as ahead:
-        while True:
-            while engine is None or len(running) < engine.capacity:
-                prepared = ahead.take(wait=not running)
-                if prepared is None:
-                    break
-                item, rejected = prepared
-                if rejected is None:
-                    follow(item, None)
-                else:
-                    reject(item, rejected)
-            if not running:
-                return
-            assert engine is not None
-            for name, result in engine.step():
-                item = running.pop(name)
-                if isinstance(result, Rejected):
-                    reject(item, result)
-                else:
-                    follow(item, result)
-
-
-class _Ahead(Generic[T]):
-    """Runs `work` on items in threads, a bounded number ahead, and hands them out in order."""
-
-    def __init__(self, items: Iterable[T], work: Callable[[T], object]):
-        self._items = iter(items)
-        self._work = work
-        self._waiting: deque[tuple[T, Future[Rejected | None]]] = deque()
-
-    def __enter__(self) -> _Ahead[T]:
-        self._pool = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="kdpipe-decode")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def take(self, *, wait: bool) -> tuple[T, Rejected | None] | None:
-        """The next item and its rejection if it has one; None when there is none left, or none ready and no wait."""
-        while len(self._waiting) < _DECODED_AHEAD:
-            try:
-                item = next(self._items)
-            except StopIteration:
-                break
-            self._waiting.append((item, self._pool.submit(self._attempt, item)))
-        if not self._waiting or not (wait or self._waiting[0][1].done()):
-            return None
-        item, future = self._waiting.popleft()
-        return item, future.result()
-
-    def _attempt(self, item: T) -> Rejected | None:
-        try:
-            self._work(item)
-        except Rejected as rejected:
-            return rejected
-        return None
-
-
 def _start(folder: ModelFolder, config: EngineConfig, clips: int, seed: int) -> Any:
     level = _set_environment()
     from vllm import EngineArgs, LLMEngine
@@ -350,6 +272,7 @@ def _set_environment() -> str:
     os.environ["VLLM_LOGGING_LEVEL"] = level
     # Process titles would otherwise be written over the environment that the reaper reads.
     os.environ["SPT_NOENV"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     # A forked process would not carry the reaper's mark, nor go well with our threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

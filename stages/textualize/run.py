@@ -17,7 +17,8 @@ from kdpipe.data.hashing import digest
 from kdpipe.data.manifest import Sample, check_sample
 from kdpipe.stages.base import Context, Wanted, check_reject_budget
 from kdpipe.stages.config import identity_of
-from kdpipe.stages.models.engine import Completion, Request, Sampling, drive, open_engine, seed_of
+from kdpipe.stages.models.drive import drive
+from kdpipe.stages.models.engine import Completion, Request, Sampling, open_engine, seed_of
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.prompt import fill, refuse_special

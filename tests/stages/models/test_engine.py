@@ -19,7 +19,8 @@ from kdpipe.data.cota import TraceSchema
 from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.stages.config import EngineConfig, ModelConfig
 from kdpipe.stages.models import reaper
-from kdpipe.stages.models.engine import Completion, Engine, Output, Request, Sampling, drive, open_engine, seed_of
+from kdpipe.stages.models.drive import drive
+from kdpipe.stages.models.engine import Completion, Engine, Output, Request, Sampling, open_engine, seed_of
 from kdpipe.stages.models.folder import ModelFolder, resolve
 
 REQUEST = Request("prompt", Sampling(4))
