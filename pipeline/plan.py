@@ -48,7 +48,7 @@ class StageStatus:
 def upstream(name: str) -> list[str]:
     """The stages that `name` needs, directly or not, and itself, in the order they run."""
     needed = {name}
-    for stage in reversed(STAGES):
+    for stage in reversed(tuple(STAGES)):
         if stage in needed:
             needed |= set(STAGES[stage].needs)
     return [stage for stage in STAGES if stage in needed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from kdpipe.data.errors import KdpipeError, StaleError
+from kdpipe.data.errors import KdpipeError, RejectBudgetError, StaleError
 from kdpipe.data.files import remove, write_atomically
 from kdpipe.data.hashing import digest
 from kdpipe.pipeline.check import check
 from kdpipe.pipeline.config import load_config
 from kdpipe.pipeline.lock import hold
 from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, make_plans, status_of, upstream
-from kdpipe.stages.base import Context, StagePlan, check_reject_budget
+from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.config import identity_of
+from kdpipe.stages.evaluate.scores import assemble, assembled
+
+_UNFINISHED = re.compile(r"(old-)?[0-9a-f]{32}")
+"""Names that `kdpipe.data.files.build_aside` gives; other files in `tmp/` are kept between runs."""
 
 
 class StageFailed(Exception):
@@ -94,6 +99,8 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                     f"{name} ran, but is not fresh: {'; '.join(status_of(plan).reasons)}. "
                     "An input changed meanwhile; run the command again."
                 )
+        if target == "evaluate" and not assembled(ctx):
+            assemble(ctx)
         _write_lock_file(request.context())
     return ran
 
@@ -103,10 +110,13 @@ def _headline(status: StageStatus) -> str:
 
 
 def _check_budget(ctx: Context, plan: StagePlan) -> None:
-    if STAGES[plan.stage].whole:
-        return
-    rejected = len({sample for sample, _ in plan.rejected})
-    check_reject_budget(ctx, plan.stage, len({want.id for want in plan.wanted}), rejected)
+    status, budget = status_of(plan), ctx.config.data.max_reject_fraction
+    if status.rejected > budget * status.total:
+        raise RejectBudgetError(
+            f"{status.name}: {status.rejected} of {status.total} samples were rejected, more than "
+            f"data.max_reject_fraction = {budget:g} allows. The good ones are done and kept. Which, and why: "
+            f"{ctx.folder(status.name) / 'rejects.parquet'}. Mend the samples and run again, or raise the budget."
+        )
 
 
 def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
@@ -154,5 +164,5 @@ def _clean_tmp(ctx: Context) -> None:
     """Removes what killed runs left unfinished in the temporary folders; called under the lock."""
     for folder in {ctx.run_folder / "tmp", ctx.cache_folder / "tmp"}:
         for path in folder.glob("*"):
-            if not path.name.startswith("fingerprints.sqlite"):
+            if _UNFINISHED.match(path.name):
                 remove(path)

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdpipe.data.errors import KdpipeError, RejectBudgetError
+from kdpipe.data.errors import KdpipeError
 from kdpipe.data.hashing import Fingerprints, digest
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.manifest import Manifest, Sample, load_manifest
@@ -132,10 +132,14 @@ class Stage(Protocol):
         whole: whether its output is made from all samples together (a student) and not sample by sample.
     """
 
-    name: str
-    version: int
-    needs: tuple[str, ...]
-    whole: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+    @property
+    def whole(self) -> bool: ...
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """What the configuration asks of this stage, with keys; `plans` are those of the stages in `needs`."""
@@ -191,18 +195,3 @@ def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger) -> StagePlan:
     asked = {(want.id, want.source) for want in wanted}
     removed = [(row.id, row.source) for row in ledger.rows() if (row.id, row.source) not in asked]
     return StagePlan(stage, wanted, frozenset(fresh), frozenset(rejected), todo, removed, ledger)
-
-
-def check_reject_budget(ctx: Context, stage: str, wanted: int, rejected: int) -> None:
-    """Fails a stage, after all good samples are committed, when too many were rejected.
-
-    Raises:
-        RejectBudgetError: the share of rejected samples exceeds `data.max_reject_fraction`.
-    """
-    budget = ctx.config.data.max_reject_fraction
-    if wanted and rejected / wanted > budget:
-        raise RejectBudgetError(
-            f"{stage}: {rejected} of {wanted} samples were rejected, more than data.max_reject_fraction = {budget:g} "
-            f"allows. The good ones are done and kept. Reasons: {ctx.folder(stage) / 'rejects.parquet'}. "
-            "Mend the samples and run again, or raise the budget."
-        )

@@ -18,7 +18,7 @@ from kdpipe.data.manifest import Sample
 from kdpipe.data.store.format import TARGET_IDS
 from kdpipe.data.store.reader import Store
 from kdpipe.data.stream import prefetch
-from kdpipe.stages.base import Context, Wanted, check_reject_budget, covers
+from kdpipe.stages.base import Context, Wanted, covers
 from kdpipe.stages.cache_teachers.capture import Job, Scribe, write_down
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.cache_teachers.stage import STAGE
@@ -50,7 +50,6 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
         todo: nothing pending.
 
     Raises:
-        RejectBudgetError: too many samples were rejected; the good ones are kept.
         KdpipeError: a model cannot be loaded, the tokenizers disagree, or an input changed meanwhile.
     """
     needs = requirements(ctx)
@@ -70,7 +69,6 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
     known = work.traces.keys() & samples.keys()
     rejected = {r.id for r in ledger.rejects() if r.source in needs.sources} & known
     ctx.say(f"cache-teachers: {len(known) - len(rejected)} samples are cached, {len(rejected)} rejected")
-    check_reject_budget(ctx, STAGE.name, len(known), len(rejected))
 
 
 def _textual(work: _Work, wants: Sequence[Wanted]) -> None:

@@ -16,7 +16,7 @@ from kdpipe.data.cota import TraceSchema
 from kdpipe.data.errors import Rejected
 from kdpipe.data.hashing import digest
 from kdpipe.data.manifest import Sample, check_sample
-from kdpipe.stages.base import Context, Wanted, check_reject_budget
+from kdpipe.stages.base import Context, Wanted
 from kdpipe.stages.evaluate.scores import assemble, to_table
 from kdpipe.stages.evaluate.stage import BASE, STAGE, STUDENT
 from kdpipe.stages.models.drive import drive
@@ -37,18 +37,12 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
 
     Raises:
         KdpipeError: a model cannot be used, or vLLM does not start or dies.
-        RejectBudgetError: too many samples were rejected; the others are scored.
     """
-    ledger = ctx.ledger(STAGE.name)
     for source in (BASE, STUDENT):
         wants = [want for want in todo if want.source == source]
         if wants:
-            ledger = _answer_all(ctx, source, wants).ledger
+            _answer_all(ctx, source, wants)
     assemble(ctx)
-    wanted = {sample.id for sample in ctx.samples(ctx.config.data.eval_split)}
-    sources = (BASE, STUDENT) if ctx.config.evaluate.base else (STUDENT,)
-    rejected = [reject for reject in ledger.rejects() if reject.id in wanted and reject.source in sources]
-    check_reject_budget(ctx, STAGE.name, len(wanted) * len(sources), len(rejected))
 
 
 def prediction_of(output: str) -> str:
@@ -135,7 +129,7 @@ class _Answers:
         return Request(prompt, sampling, unit.clips)
 
 
-def _answer_all(ctx: Context, source: str, wants: Sequence[Wanted]) -> Parts:
+def _answer_all(ctx: Context, source: str, wants: Sequence[Wanted]) -> None:
     config = ctx.config.evaluate
     folder = _model(ctx, source)
     samples = ctx.manifest.by_id
@@ -149,7 +143,6 @@ def _answer_all(ctx: Context, source: str, wants: Sequence[Wanted]) -> Parts:
     ):
         answers = _Answers(ctx, parts, engine, bar)
         drive(engine, units, prepare=answers.prepare, advance=answers.advance, reject=answers.reject)
-    return parts
 
 
 def _model(ctx: Context, source: str) -> ModelFolder:

@@ -15,7 +15,7 @@ from kdpipe.data.cota import TraceSchema
 from kdpipe.data.errors import Rejected
 from kdpipe.data.hashing import digest
 from kdpipe.data.manifest import Sample, check_sample
-from kdpipe.stages.base import Context, Wanted, check_reject_budget
+from kdpipe.stages.base import Context, Wanted
 from kdpipe.stages.config import identity_of
 from kdpipe.stages.models.drive import drive
 from kdpipe.stages.models.engine import Completion, Request, Sampling, open_engine, seed_of
@@ -25,7 +25,7 @@ from kdpipe.stages.models.prompt import fill, refuse_special
 from kdpipe.stages.textualize.choose import Chosen, choose, given_trace, response_pattern
 from kdpipe.stages.textualize.descriptions import Description, Descriptions
 from kdpipe.stages.textualize.parts import Parts
-from kdpipe.stages.textualize.table import SOURCE, section_column, to_table
+from kdpipe.stages.textualize.table import section_column, to_table
 
 STAGE_NAME = "textualize"
 
@@ -39,7 +39,6 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
 
     Raises:
         KdpipeError: a model cannot be used, or vLLM does not start or dies.
-        RejectBudgetError: too many samples were rejected; the good ones are committed.
     """
     config = ctx.config.textualize
     samples = ctx.manifest.by_id
@@ -53,9 +52,6 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
     )
     with Descriptions(ctx.tmp(STAGE_NAME) / "descriptions.jsonl") as descriptions:
         _Work(ctx, parts, descriptions).finish(units)
-    wanted = {sample.id for sample in ctx.samples(ctx.config.data.train_split)}
-    rejected = [reject for reject in parts.ledger.rejects() if reject.source == SOURCE and reject.id in wanted]
-    check_reject_budget(ctx, STAGE_NAME, len(wanted), len(rejected))
 
 
 @dataclass

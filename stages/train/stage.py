@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from kdpipe.data.hashing import digest
 from kdpipe.stages.base import Context, StagePlan, Wanted, compare
@@ -19,13 +20,14 @@ _OF_SAMPLE = ("audio", "span", "question", "choices")
 _OBJECTIVE = ("weights", "divergence", "beta", "temperature", "scale_by_temperature_squared")
 
 
-class TrainStage:
+@dataclass(frozen=True)
+class Train:
     """Trains the student from the cached teachers and writes `train/student`."""
 
-    name = "train"
-    version = 1
-    needs = ("textualize", "cache-teachers")
-    whole = True
+    name: str = "train"
+    version: int = 1
+    needs: tuple[str, ...] = ("textualize", "cache-teachers")
+    whole: bool = True
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """One want for each training sample that nothing upstream rejected.
@@ -94,4 +96,4 @@ def student_identity(plan: StagePlan) -> str:
     return digest(sorted(want.key for want in plan.wanted))
 
 
-STAGE = TrainStage()
+STAGE = Train()
