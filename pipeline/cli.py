@@ -217,7 +217,7 @@ def _print_table(statuses: list[StageStatus]) -> None:
 def demo(folder: Path) -> None:
     """Do the whole thing in miniature, on this machine.
 
-    Makes a small world of tone sequences with questions, teaches miniature models (a Qwen3 teacher and a Qwen2-Audio
+    Makes a small world of tone sequences with questions, teaches miniature models (a Qwen3 teacher and a Qwen2.5-Omni
     student) just enough, then textualizes, caches, trains twice (fine-tuning only, and distillation) and evaluates.
     Leaves FOLDER/kdpipe.yaml for every other command to be tried on.
     """

@@ -104,7 +104,7 @@ def run_demo(folder: Path) -> None:
             world.make_world(built, n_train=TRAIN_SAMPLES, n_test=TEST_SAMPLES, seed=SEED)
             move_into_place(built, folder / "data")
     if not (folder / "models").exists():
-        click.echo("Teaching a miniature Qwen3 teacher to reason and a miniature Qwen2-Audio student to hear.")
+        click.echo("Teaching a miniature Qwen3 teacher to reason and a miniature Qwen2.5-Omni student to hear.")
         subprocess.run([sys.executable, "-m", "kdpipe.pipeline.demo", str(folder)], check=True)
     requests = {}
     for name, distil in ((".", True), ("sft", False)):

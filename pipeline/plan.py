@@ -141,7 +141,8 @@ def _reasons(plan: StagePlan) -> list[str]:
     lines += [f"{source}: part {part} is gone: {n} of {totals[source]}" for (source, part), n in gone.items()]
     lines += [f"{source}: {n} new" for source, n in new.items()]
     removed = Counter(source for _, source in plan.removed)
-    lines += [f"{source}: {n} no longer wanted" for source, n in removed.items()]
+    unasked = "no longer wanted" if STAGES[plan.stage].whole else "kept that this configuration does not ask for"
+    lines += [f"{source}: {n} {unasked}" for source, n in removed.items()]
     reasons = Counter(reject.reason for reject in plan.ledger.rejects() if (reject.id, reject.source) in plan.rejected)
     lines += [f"rejected: {reason}: {n}" for reason, n in reasons.most_common()]
     return lines
