@@ -32,6 +32,12 @@ def fsync_tree(path: Path) -> None:
         fsync_path(path)
 
 
+def listing(folder: Path) -> list[str]:
+    """Files below `folder` as sorted `name:bytes` texts."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}" for path in files)
+
+
 def remove(path: Path) -> None:
     """Removes a file or folder; one that is not there is not an error."""
     if path.is_dir() and not path.is_symlink():

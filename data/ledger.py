@@ -11,13 +11,13 @@ A folder has one committer at a time (the run's lock sees to that).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.files import move_into_place, remove, write_atomically
+from kdpipe.data.files import listing, move_into_place, remove, write_atomically
 from kdpipe.data.hashing import digest, digest_file
 
 if TYPE_CHECKING:
@@ -155,9 +155,17 @@ class Ledger:
         self._prune_manifests()
 
     def lost_parts(self) -> set[str]:
-        """Names of parts that rows point to and that are not on disk any more."""
-        named = {row.part for row in self._rows.values()}
-        return {name for name in named if not (self.parts / name).exists() and not (self.folder / name).exists()}
+        """Names of parts that rows point to and that are not on disk any more, wholly or in part.
+
+        A part that stands in the stage's folder itself, like a student, lists its files in `Row.cover["files"]`.
+        """
+        files = {row.part: row.cover.get("files", ()) for row in self._rows.values()}
+        return {name for name, expected in files.items() if not self._is_whole(name, expected)}
+
+    def _is_whole(self, name: str, expected: Sequence[str]) -> bool:
+        if (self.parts / name).exists():
+            return True
+        return (self.folder / name).exists() and set(expected) <= set(listing(self.folder / name))
 
     def unreferenced_parts(self) -> list[Path]:
         """Parts on disk that no row points to (garbage that `kdpipe` may collect)."""

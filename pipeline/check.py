@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kdpipe.data.errors import ConfigError, KdpipeError, ManifestError
+from kdpipe.data.errors import ConfigError, KdpipeError, ManifestError, Rejected
+from kdpipe.data.manifest import check_sample
 from kdpipe.stages.base import Context
 from kdpipe.stages.cache_teachers.layers import layer_map
 from kdpipe.stages.config import ModelConfig
@@ -37,16 +38,16 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
     lines: list[str] = []
 
     @contextmanager
-    def gather() -> Iterator[None]:
+    def gather(key: str = "") -> Iterator[None]:
         try:
             yield
         except (ConfigError, ManifestError) as error:
             problems.extend(error.problems)
         except KdpipeError as error:
-            problems.append(str(error))
+            problems.append(f"{key}: {error}" if key else str(error))
 
     def inspect(key: str, settings: ModelConfig, *, hears: bool | None) -> ModelFolder | None:
-        with gather():
+        with gather(key):
             folder = resolve(settings, ctx.base, download=download)
             lines.append(f"{key}: {folder.name}: {folder.family}, {folder.layers} layers, width {folder.width}")
             if not any(folder.path.glob("*.safetensors")):
@@ -112,6 +113,16 @@ def _check_samples(ctx: Context, problems: list[str], lines: list[str]) -> None:
                 f"{key}: no sample of the manifest is in split {name!r} (there are {', '.join(splits)}){hint}"
             )
     wanted = [sample for sample in samples if (sample.split or "train") in (data.train_split, data.eval_split)]
-    missing = [str(ref.path) for s in wanted for ref in s.audio if ref.path is not None and not ref.path.exists()]
-    if missing:
-        lines.append(f"manifest: {len(missing)} audio files are missing and will be rejected, first {missing[0]}")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for sample in wanted:
+        try:
+            check_sample(sample)
+            if any(ref.path is not None and not ref.path.exists() for ref in sample.audio):
+                raise Rejected("audio_missing", "no such file")
+        except Rejected as rejected:
+            reasons[rejected.reason].append(sample.id)
+    for reason, ids in reasons.items():
+        lines.append(f"manifest: {len(ids)} of {len(wanted)} samples will be rejected: {reason}, first {ids[0]!a}")
+    rejected = sum(map(len, reasons.values()))
+    if rejected > data.max_reject_fraction * len(wanted):
+        lines.append(f"manifest: that is more than data.max_reject_fraction = {data.max_reject_fraction:g} allows")

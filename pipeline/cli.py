@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,16 +163,21 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
     if dry_run:
         from kdpipe.pipeline.check import check as run_check
         from kdpipe.pipeline.plan import make_plans, status_of
+        from kdpipe.pipeline.runner import refuse_stale
 
         ctx = request.context()
         run_check(ctx)
         statuses = [status_of(plan) for plan in make_plans(ctx, target).values()]
+        for status in statuses:
+            if only and status.name != target:
+                refuse_stale(status)
         _print_table([status for status in statuses if status.state != "fresh"] or statuses)
         return
     try:
         ran = bring_up_to_date(request, target, only=only)
     except StageFailed as failure:
-        if failure.code != 130:
+        # Errors of the user's (2) and interruptions (130) were explained by the stage itself.
+        if failure.code not in (2, 130):
             click.echo(f"Error: {failure}.", err=True)
         sys.exit(failure.code)
     click.echo("Done." if ran else "Everything is fresh; nothing to do.")
@@ -196,7 +202,10 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None
         _print_table(statuses)
         unfinished = [status.name for status in statuses if status.state != "fresh"]
         if unfinished:
-            click.echo(f"\nNext: kdpipe {unfinished[0]} -c {config_file}   (or `kdpipe run` for all)")
+            words = ["kdpipe", unfinished[0], "-c", str(config_file)]
+            for override in overrides:
+                words += ["--set", override]
+            click.echo(f"\nNext: {shlex.join(words)}   (or `kdpipe run` for all)")
     sys.exit(0 if all(status.state == "fresh" for status in statuses) else 1)
 
 

@@ -43,6 +43,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file. `kdpipe init` writes a starter; -c names another."]) from None
+    except IsADirectoryError:
+        raise ConfigError([f"{path}: is a folder. Name the file in it, e.g. {path}/kdpipe.yaml."]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})."]) from None
     name = path.name

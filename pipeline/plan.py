@@ -16,6 +16,9 @@ from kdpipe.stages.train.stage import STAGE as TRAIN
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (TEXTUALIZE, CACHE_TEACHERS, TRAIN, EVALUATE)}
 """The stages in the order they run."""
 
+_NAMED = 3
+"""Samples that a reason names; of more it gives the number alone."""
+
 State = Literal["fresh", "partial", "stale", "missing"]
 
 
@@ -108,41 +111,59 @@ def _state(plan: StagePlan) -> State:
 def _reasons(plan: StagePlan) -> list[str]:
     totals = Counter(want.source for want in plan.wanted)
     lost = plan.ledger.lost_parts()
-    new: Counter[str] = Counter()
-    waiting: Counter[tuple[str, str]] = Counter()
-    gone: Counter[tuple[str, str]] = Counter()
-    other: Counter[str] = Counter()
-    small: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    changes: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    new: dict[str, list[str]] = defaultdict(list)
+    waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
+    gone: dict[tuple[str, str], list[str]] = defaultdict(list)
+    other: dict[str, list[str]] = defaultdict(list)
+    small: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    changes: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for want in plan.todo:
         row = plan.ledger.get(want.id, want.source)
         if want.pending is not None:
-            waiting[want.source, want.pending] += 1
+            waiting[want.source, want.pending].append(want.id)
         elif row is None:
-            (other if _had(plan, want) else new)[want.source] += 1
+            (other if _had(plan, want) else new)[want.source].append(want.id)
         elif row.part in lost:
-            gone[want.source, row.part] += 1
+            gone[want.source, row.part].append(want.id)
         elif row.key == want.key:
             for name, value in want.cover.items():
                 if not covers(row.cover, {name: value}):
-                    small[want.source, name][f"{row.cover.get(name)} -> {value}"] += 1
+                    small[want.source, name][f"{row.cover.get(name)} -> {value}"].append(want.id)
         else:
             for name in sorted({*row.fields, *want.fields}):
                 old, now = row.fields.get(name, "none"), want.fields.get(name, "none")
                 if old != now:
-                    changes[want.source, name][f"{old[:8]} -> {now[:8]}"] += 1
-    lines = [f"{source}: waits for {stage}: {n} of {totals[source]}" for (source, stage), n in waiting.items()]
+                    changes[want.source, name][f"{old[:8]} -> {now[:8]}"].append(want.id)
+    lines = [f"{source}: waits for {stage}: {_which(ids, totals[source])}" for (source, stage), ids in waiting.items()]
     for kind in (changes, small):
-        for (source, name), counts in sorted(kind.items()):
-            n = counts.total()
-            how = next(iter(counts)) + ": " if len(counts) == 1 else "changed: "
-            lines.append(f"{source}: {name} {how}{n} of {totals[source]}")
-    lines += [f"{source}: was rejected, and its inputs changed: {n}" for source, n in other.items()]
-    lines += [f"{source}: part {part} is gone: {n} of {totals[source]}" for (source, part), n in gone.items()]
-    lines += [f"{source}: {n} new" for source, n in new.items()]
+        for (source, name), by_change in sorted(kind.items()):
+            ids = [sample for changed in by_change.values() for sample in changed]
+            how = next(iter(by_change)) if len(by_change) == 1 else "changed"
+            lines.append(f"{source}: {name} {how}: {_which(ids, totals[source])}")
+    lines += [f"{source}: was rejected, and its inputs changed: {_which(ids)}" for source, ids in other.items()]
+    lines += [
+        f"{source}: {part} is gone or lacks files: {_which(ids, totals[source])}"
+        for (source, part), ids in gone.items()
+    ]
+    lines += [f"{source}: {len(ids)} new{_names(ids)}" for source, ids in new.items()]
     removed = Counter(source for _, source in plan.removed)
     unasked = "no longer wanted" if STAGES[plan.stage].whole else "kept that this configuration does not ask for"
     lines += [f"{source}: {n} {unasked}" for source, n in removed.items()]
     reasons = Counter(reject.reason for reject in plan.ledger.rejects() if (reject.id, reject.source) in plan.rejected)
     lines += [f"rejected: {reason}: {n}" for reason, n in reasons.most_common()]
     return lines
+
+
+def _which(ids: list[str], total: int | None = None) -> str:
+    """How many samples, and which if they are few."""
+    return f"{len(ids)}{'' if total is None else f' of {total}'}{_names(ids)}"
+
+
+def _names(ids: list[str]) -> str:
+    return f" ({', '.join(map(_printable, ids))})" if len(ids) <= _NAMED else ""
+
+
+def _printable(sample: str) -> str:
+    """A sample id that cannot disturb a terminal."""
+    text = sample if sample.isprintable() else ascii(sample)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -84,11 +84,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
             plan = make_plans(request.context(), name)[name]
             if has_work(plan):
                 if only and name != target:
-                    status = status_of(plan)
-                    raise StaleError(
-                        f"{name} is {status.state}, and --only was given: {'; '.join(status.reasons)}. "
-                        f"Run `kdpipe {name}` first, or leave --only out."
-                    )
+                    refuse_stale(status_of(plan))
                 print(_headline(status_of(plan)), flush=True)
                 _run_stage(request, name, locks)
                 ran = True
@@ -103,6 +99,19 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
             assemble(ctx)
         _write_lock_file(request.context())
     return ran
+
+
+def refuse_stale(status: StageStatus) -> None:
+    """Refuses to go on from an upstream stage that is not fresh (`--only`).
+
+    Raises:
+        StaleError: it is not fresh.
+    """
+    if status.state != "fresh":
+        raise StaleError(
+            f"{status.name} is {status.state}, and --only was given: {'; '.join(status.reasons)}. "
+            f"Run `kdpipe {status.name}` first, or leave --only out."
+        )
 
 
 def _headline(status: StageStatus) -> str:

@@ -78,7 +78,8 @@ class StudentConfig:
     system: str | None = None
     """System message; None leaves it to the chat template."""
     prompt: str = "{question}\n{choices}"
-    """User text after the audio, at training and at evaluation. Fields: question, choices."""
+    """User text after the audio, at training and at evaluation. Fields: question,
+    choices (written `Choices: A, B, C`, or nothing)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.ledger import Ledger
@@ -39,6 +38,7 @@ from kdpipe.stages.config import TeachersConfig
 from kdpipe.stages.models.inputs import Batch, Encoder, Example
 from kdpipe.stages.models.loaded import LoadedModel
 from kdpipe.stages.models.vocabulary import Alignment
+from kdpipe.stages.progress import progress
 
 FIDELITY_ROWS = 256
 """Rows of a layer, evenly spaced, on which a codec is measured in each forward pass."""
@@ -219,7 +219,7 @@ def write_down(
         return repr(sorted(job.cover.items())), job.example.length, job.example.id
 
     ordered = sorted(jobs, key=place)
-    with tqdm(total=len(jobs), desc=f"{source} teacher", unit="sample", disable=None) as bar:
+    with progress(len(jobs), f"{source} teacher", "sample") as bar:
         for part_jobs in _parts(ordered, config.part_samples):
             scribe = scribe_for(part_jobs[0].cover)
             ready = prefetch(part_jobs, features or _as_is, depth=4 * THREADS, threads=THREADS if features else 0)

@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from kdpipe.data.audio import decode
 from kdpipe.data.errors import Rejected
@@ -23,6 +22,7 @@ from kdpipe.stages.cache_teachers.requirements import Requirements
 from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.prompt import fill, refuse_special
 from kdpipe.stages.models.vocabulary import Alignment
+from kdpipe.stages.progress import progress
 from kdpipe.stages.textualize.table import TraceRow
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -112,7 +112,7 @@ def make_targets(
             return rejected
 
     size = ctx.config.teachers.part_samples
-    with tqdm(total=len(wants), desc="targets", unit="sample", disable=None) as bar:
+    with progress(len(wants), "targets", "sample") as bar:
         for start in range(0, len(wants), size):
             part_wants = wants[start : start + size]
             rejects, used = [], []

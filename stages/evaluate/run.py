@@ -23,6 +23,7 @@ from kdpipe.stages.models.drive import drive
 from kdpipe.stages.models.engine import Completion, Engine, Request, Sampling, open_engine, seed_of
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.prompt import fill, refuse_special
+from kdpipe.stages.progress import progress
 from kdpipe.stages.textualize.parts import Parts
 
 _TAG = re.compile(r"</?[A-Za-z][A-Za-z_]*>")
@@ -139,7 +140,7 @@ def _answer_all(ctx: Context, source: str, wants: Sequence[Wanted]) -> None:
     ctx.say(f"{STAGE.name}: starting vLLM with the {source} model")
     with (
         open_engine(folder, config.engine, clips=clips, seed=config.seed) as engine,
-        tqdm(total=len(units), desc=f"{STAGE.name} {source}", unit="sample", dynamic_ncols=True) as bar,
+        progress(len(units), f"{STAGE.name} {source}", "sample") as bar,
     ):
         answers = _Answers(ctx, parts, engine, bar)
         drive(engine, units, prepare=answers.prepare, advance=answers.advance, reject=answers.reject)

@@ -106,7 +106,7 @@ def resolve(model: ModelConfig, base: Path, *, download: bool = False) -> ModelF
 
 @lru_cache(maxsize=64)
 def _resolve(model: ModelConfig, base: Path, download: bool) -> ModelFolder:
-    folder, commit = base / os.path.expanduser(model.path), None
+    folder, commit = Path(os.path.normpath(base / os.path.expanduser(model.path))), None
     if not folder.is_dir():
         folder, commit = _from_hub(model, folder, download)
     file = folder / "config.json"

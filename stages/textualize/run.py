@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from kdpipe.data.audio import decode
 from kdpipe.data.cota import TraceSchema
@@ -22,6 +21,7 @@ from kdpipe.stages.models.engine import Completion, Request, Sampling, open_engi
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.prompt import fill, refuse_special
+from kdpipe.stages.progress import progress
 from kdpipe.stages.textualize.choose import Chosen, choose, given_trace, response_pattern
 from kdpipe.stages.textualize.descriptions import Description, Descriptions
 from kdpipe.stages.textualize.parts import Parts
@@ -135,7 +135,7 @@ class _Work:
                 self._ctx.say(f"{STAGE_NAME}: starting vLLM with {folder.name}")
                 opened = open_engine(folder, self._config.engine, clips=clips, seed=self._config.seed)
                 engine = stack.enter_context(opened)
-            self._bar = stack.enter_context(tqdm(total=len(units), desc=STAGE_NAME, unit="sample", dynamic_ncols=True))
+            self._bar = stack.enter_context(progress(len(units), STAGE_NAME, "sample"))
             drive(engine, units, prepare=prepare, advance=advance, reject=self._reject)
 
     def _reject(self, unit: _Unit, rejected: Rejected) -> None:

@@ -29,6 +29,8 @@ class Made:
         steps: optimizer steps.
         identity: digest of everything that decided the student.
         metrics: lines of metrics.jsonl.
+        prompt: the student's prompt template.
+        system: its system message, or None.
     """
 
     base: ModelFolder
@@ -41,6 +43,8 @@ class Made:
     steps: int
     identity: str
     metrics: Sequence[Mapping[str, Any]]
+    prompt: str
+    system: str | None
 
 
 def model_card(made: Made) -> str:
@@ -66,6 +70,15 @@ def model_card(made: Made) -> str:
         f"- identity: `{made.identity}`",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}",
         "",
+        "## Prompt",
+        "",
+        "The clips, then this text, in the chat template; `{choices}` is written `Choices: A, B, C`, or nothing.",
+        "",
+        "```",
+        made.prompt,
+        "```",
+        "",
+        *([f"System message: {made.system}", ""] if made.system is not None else []),
         "## Loss",
         "",
         *(f"- {text}" for text in made.terms.describe()),

@@ -20,11 +20,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.stream import Stream, StreamState, prefetch
 from kdpipe.stages.config import TrainConfig
+from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.data import GlobalBatch, Reader
 from kdpipe.stages.train.metrics import MetricsFile
@@ -103,9 +103,7 @@ def train(
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp))
         stopped = stack.enter_context(_stop_signals())
-        bar = stack.enter_context(
-            tqdm(total=total_steps, initial=done, desc="train", unit="step", mininterval=0.5, disable=None)
-        )
+        bar = stack.enter_context(progress(total_steps, "train", "step", done))
         items = islice(stream, total_steps - done)
         batches = stack.enter_context(closing(prefetch(items, reader.load, depth=_AHEAD, threads=_THREADS)))
         meter = _Meter()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.files import build_aside, move_into_place
+from kdpipe.data.files import build_aside, listing, move_into_place
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Row
 from kdpipe.data.store.reader import Store
@@ -91,6 +91,8 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         steps=total,
         identity=place.identity,
         metrics=read_metrics(place.metrics),
+        prompt=ctx.config.student.prompt,
+        system=ctx.config.student.system,
     )
     own = ctx.ledger(STAGE.name)
     with build_aside(place.tmp) as built:
@@ -98,12 +100,13 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         # Rows of the student that is replaced go first: at no moment do they stand beside another's weights.
         own.commit(drop=[(row.id, row.source) for row in own.rows()])
         move_into_place(built, place.folder / SOURCE)
+    cover = {"files": listing(place.folder / SOURCE)}
     rows = [
-        Row(want.id, SOURCE, want.key, want.fields, SOURCE, content=place.identity, tokens=targets[want.id].tokens)
+        Row(want.id, SOURCE, want.key, want.fields, SOURCE, 0, targets[want.id].tokens, 0, place.identity, cover)
         for want in plan.wanted
     ]
     own.commit(rows)
-    ctx.say(f"train: {total} steps on {len(rows)} samples; the student lies in {place.folder / SOURCE}")
+    ctx.say(f"train: {total} steps on {len(rows)} samples; the student is in {place.folder / SOURCE}")
 
 
 def _stream(seed: int, batch_tokens: int, window_parts: int, epochs: int, targets: Mapping[str, Row]) -> Stream:

@@ -85,7 +85,7 @@ def test_a_lost_part_is_made_again(tmp_path, family):
     (part,) = (tmp_path / "textualize" / "parts").iterdir()
     part.unlink()
     status = status_of(make_plans(request.context())["textualize"])
-    assert (status.state, status.stale) == ("stale", 4) and f"part {part.name} is gone" in status.reasons[0]
+    assert (status.state, status.stale) == ("stale", 4) and f"{part.name} is gone" in status.reasons[0]
     assert bring_up_to_date(request, "cache-teachers")
     assert part.exists() and states(request)["cache-teachers"] == "fresh", "same words: the teachers' files stay fresh"
 

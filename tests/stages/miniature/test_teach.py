@@ -5,6 +5,7 @@ How well taught models do takes minutes to see: `kdpipe demo` prints it.
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from safetensors.torch import load_file
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.miniature import models, teach
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain little from threads, and lose much where others use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def others_of(folder: Path) -> dict[str, bytes]:
