@@ -24,6 +24,8 @@ import soundfile
 from kdpipe.data.errors import Rejected
 from kdpipe.data.manifest import AudioRef
 
+LOUDEST_PEAK = 100.0
+"""Peak amplitude above which float samples cannot be meant as audio: 40 dB over full scale."""
 SILENCE_PEAK = 1e-4
 """Peak amplitude (full scale is 1) below which a clip is silent: -80 dBFS."""
 
@@ -59,7 +61,8 @@ def decode(
 
     Raises:
         Rejected: `audio_missing`, `audio_empty`, `audio_unreadable`, `audio_truncated`, `audio_bad_range`,
-            `audio_too_long`, `audio_too_short`, `audio_not_finite` or `audio_silent` (peak below -80 dBFS).
+            `audio_too_long`, `audio_too_short`, `audio_not_finite`, `audio_out_of_range` or
+            `audio_silent` (peak below -80 dBFS).
     """
     with _opened(ref) as (stream, size):
         if size == 0:
@@ -84,6 +87,11 @@ def decode(
     if not np.isfinite(samples).all():
         raise Rejected("audio_not_finite", f"{ref.name} holds NaN or infinite samples")
     peak = float(np.abs(samples).max())
+    if peak > LOUDEST_PEAK:
+        raise Rejected(
+            "audio_out_of_range",
+            f"{ref.name}: its peak is {peak:.1e} of full scale; float samples must lie near -1 to 1",
+        )
     if peak < SILENCE_PEAK:
         raise Rejected("audio_silent", f"{ref.name} is silent: its peak is {peak:.1e} of full scale, below -80 dBFS")
     return _resample(samples, source_rate, rate)

@@ -5,6 +5,7 @@ A digest is 32 hexadecimal characters: the first half of a SHA-256.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -106,6 +107,8 @@ class Fingerprints:
         full = str(path)
         name = os.path.relpath(full, self._base)
         stat = self._stat(full)
+        if not os.path.isfile(full):
+            raise OSError(errno.EINVAL, "not a regular file", full)
         known = self._fresh.get(name) or self._known.get(name)
         if known is not None and known[:4] == stat:
             self._seen[full] = known

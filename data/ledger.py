@@ -81,7 +81,7 @@ class Ledger:
     def __init__(self, folder: Path, tmp: Path):
         self.folder = folder
         self.tmp = tmp
-        self.digest, self._rows = self._load_rows()
+        self.digest, self._rows = self._load_current_rows()
         self._rejects = self._load_rejects()
 
     @property
@@ -191,6 +191,17 @@ class Ledger:
             f"{path}: cannot be read ({why}). Remove {self.folder} to build this stage anew, "
             "or restore the file from a copy."
         )
+
+    def _load_current_rows(self) -> tuple[str | None, dict[tuple[str, str], Row]]:
+        """Reads what `HEAD` points to, again if a committer swaps it and prunes the manifest meanwhile."""
+        head = self.folder / "HEAD"
+        while True:
+            before = head.read_bytes() if head.is_file() else None
+            try:
+                return self._load_rows()
+            except StoreError:
+                if (head.read_bytes() if head.is_file() else None) == before:
+                    raise
 
     def _load_rows(self) -> tuple[str | None, dict[tuple[str, str], Row]]:
         head = self.folder / "HEAD"

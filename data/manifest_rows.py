@@ -11,7 +11,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kdpipe.data.errors import ManifestError
 
@@ -165,7 +165,7 @@ def _dataset_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[st
             }
             number = 0
             # As Arrow, the Audio column stays {bytes, path}: nothing is decoded.
-            for batch in dataset.with_format("arrow").iter(batch_size=1024):
+            for batch in cast(Any, dataset.with_format("arrow")).iter(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     for column, names in labels.items():

@@ -36,6 +36,13 @@ class _Group(click.Group):
         except OSError as error:
             click.echo(f"Error: {error}. What was committed is kept; mend it and run the command again.", err=True)
             sys.exit(2)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            from kdpipe.pipeline.unforeseen import unforeseen
+
+            click.echo(f"Error: {unforeseen(error)}", err=True)
+            sys.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -113,7 +113,7 @@ def _bind(kind: Any, node: Node, key: str, name: str, problems: list[str]) -> An
         return _bind_mapping(arguments, node, key, name, problems)
     value = node.value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{at}: must be a finite number")
         return None
@@ -133,7 +133,7 @@ def _bind_mapping(arguments: tuple[Any, ...], node: Node, key: str, name: str, p
         return {k: plain(v) for k, v in node.value.items()}
     result = {}
     for text, item in node.value.items():
-        if not text.isdigit():
+        if not (text.isascii() and text.isdecimal()):
             problems.append(f"{_where(name, item)}: {key}.{text}: expected a whole number as key")
             continue
         result[int(text)] = _bind(arguments[1], item, f"{key}.{text}", name, problems)

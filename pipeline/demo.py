@@ -105,7 +105,7 @@ def run_demo(folder: Path) -> None:
             move_into_place(built, folder / "data")
     if not (folder / "models").exists():
         click.echo("Teaching a miniature Qwen3 teacher to reason and a miniature Qwen2.5-Omni student to hear.")
-        subprocess.run([sys.executable, "-m", "kdpipe.pipeline.demo", str(folder)], check=True)
+        subprocess.run([sys.executable, "-P", "-m", "kdpipe.pipeline.demo", str(folder)], check=True)
     requests = {}
     for name, distil in ((".", True), ("sft", False)):
         file = folder / name / "kdpipe.yaml"

@@ -82,6 +82,8 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
         _clean_tmp(ctx)
         for name in upstream(target):
             plan = make_plans(request.context(), name)[name]
+            if STAGES[name].whole:
+                _check_budget(ctx, plan)
             if has_work(plan):
                 if only and name != target:
                     refuse_stale(status_of(plan))
@@ -120,7 +122,12 @@ def _headline(status: StageStatus) -> str:
 
 def _check_budget(ctx: Context, plan: StagePlan) -> None:
     status, budget = status_of(plan), ctx.config.data.max_reject_fraction
-    if status.rejected > budget * status.total:
+    if STAGES[plan.stage].whole and not plan.wanted:
+        raise RejectBudgetError(
+            f"{status.name}: no sample is left, all were rejected upstream. Which, and why: rejects.parquet in "
+            f"{ctx.folder('textualize')} and {ctx.folder('cache-teachers')}."
+        )
+    if status.rejected > budget * status.total + 1e-9:
         raise RejectBudgetError(
             f"{status.name}: {status.rejected} of {status.total} samples were rejected, more than "
             f"data.max_reject_fraction = {budget:g} allows. The good ones are done and kept. Which, and why: "
@@ -129,7 +136,7 @@ def _check_budget(ctx: Context, plan: StagePlan) -> None:
 
 
 def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
-    command = [sys.executable, "-m", "kdpipe.pipeline.worker", name, str(request.config_file), *request.overrides]
+    command = [sys.executable, "-P", "-m", "kdpipe.pipeline.worker", name, str(request.config_file), *request.overrides]
     process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from kdpipe.data.errors import ConfigError
 _PLAIN = {
     "tag:yaml.org,2002:null": re.compile(r"(?:~|null|Null|NULL|)$"),
     "tag:yaml.org,2002:bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"),
-    "tag:yaml.org,2002:int": re.compile(r"[-+]?[0-9][0-9_]*$"),
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"),
     "tag:yaml.org,2002:float": re.compile(
         r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$"
     ),
@@ -82,7 +82,7 @@ def parse(text: str, name: str, *, line: int | None = None) -> Node:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError([f"{where}: not valid YAML: {error.problem or error.context}"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         raise ConfigError([f"{name}: not valid YAML: {error}"]) from None
     if reader.problems:
         raise ConfigError(reader.problems)

@@ -11,6 +11,7 @@ from pathlib import Path
 from kdpipe.data.errors import KdpipeError
 from kdpipe.pipeline.plan import STAGES, make_plans
 from kdpipe.pipeline.runner import Request
+from kdpipe.pipeline.unforeseen import unforeseen
 
 _PR_SET_PDEATHSIG = 1
 _QUIET = {
@@ -44,6 +45,9 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"Error: {stage}: {error}. What was committed is kept; run the command again.", file=sys.stderr)
         return 2
+    except Exception as error:
+        print(f"Error: {stage}: {unforeseen(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or f"{stage}: interrupted. What was committed is kept.", file=sys.stderr)
         return 130

@@ -154,7 +154,7 @@ class TextualizeConfig:
 
     describe: DescribeConfig = DescribeConfig()
     trace: TraceConfig = TraceConfig()
-    seed: int = 0
+    seed: int = bounded(0, 0, 2**63 - 1)
     """Seeds each sample's sampling, together with its id."""
     part_samples: int = bounded(256, 1, how=True)
     """Samples written and committed together."""
@@ -260,7 +260,7 @@ class TrainConfig:
     """Multiply divergences by temperature^2, so that gradients keep their size (Hinton et al., 2015)."""
     epochs: int = bounded(3, 1)
     """Passes over the samples."""
-    max_steps: int | None = None
+    max_steps: int | None = bounded(None, 1)
     """Stop after this many optimizer steps, if earlier."""
     learning_rate: float = bounded(1e-5, 0.0)
     """Peak learning rate of AdamW."""
@@ -282,7 +282,7 @@ class TrainConfig:
     """Parameters that stay as they are: prefixes of names, or `audio_tower`, `projector`, `embeddings`."""
     window_parts: int = bounded(8, 1)
     """Parts whose samples are shuffled together."""
-    seed: int = 0
+    seed: int = bounded(0, 0, 2**63 - 1)
     """Seeds the order of the samples and everything random in training."""
     checkpoint_steps: int = bounded(200, 1, how=True)
     """Optimizer steps between checkpoints."""
@@ -310,7 +310,7 @@ class EvaluateConfig:
     """As in the paper; 0 keeps everything."""
     top_p: float = bounded(0.5, 0.0, 1.0)
     """As in the paper."""
-    seed: int = 0
+    seed: int = bounded(0, 0, 2**63 - 1)
     """Seeds each sample's sampling, together with its id."""
     part_samples: int = bounded(512, 1, how=True)
     """Answers written and committed together."""

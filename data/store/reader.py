@@ -245,7 +245,7 @@ class PartReader:
         if not file.exists() or not file.stat().st_size:
             raise damaged(self.path, f"{file}: missing or empty ({where})")
         try:
-            data = array[chunk * rows : (chunk + 1) * rows]
+            data = np.asarray(array[chunk * rows : (chunk + 1) * rows])
         except MemoryError:
             raise
         except Exception as error:
@@ -255,7 +255,9 @@ class PartReader:
     def _open(self, name: str) -> zarr.Array:
         with self._lock:
             if name not in self._arrays:
-                self._arrays[name] = self._group[name]
+                array = self._group[name]
+                assert isinstance(array, zarr.Array)
+                self._arrays[name] = array
             return self._arrays[name]
 
 

@@ -115,7 +115,7 @@ def make_targets(
     with progress(len(wants), "targets", "sample") as bar:
         for start in range(0, len(wants), size):
             part_wants = wants[start : start + size]
-            rejects, used = [], []
+            rejects = []
             loaded = prefetch(part_wants, load, depth=4 * THREADS, threads=THREADS)
             with (
                 closing(loaded),
@@ -126,7 +126,6 @@ def make_targets(
                     if isinstance(made, Rejected):
                         rejects.append(Reject(want.id, want.source, want.key, made.reason, made.detail))
                         continue
-                    used.append(samples[want.id])
                     part.add(
                         [want],
                         {TARGET_IDS: np.array(made.ids, np.uint32)},
@@ -134,7 +133,7 @@ def make_targets(
                         content=digest([made.ids, made.length]),
                         info={"frames": made.frames},
                     )
-                part.commit(used, rejects=rejects)
+                part.commit([samples[want.id] for want in part_wants], rejects=rejects)
 
 
 def _refuse_unshared(ids: Sequence[int], encoder: Encoder, alignment: Alignment) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.data.files import write_atomically, write_json
+from kdpipe.data.hashing import digest
+from kdpipe.data.ledger import Ledger
 from kdpipe.stages.base import Context
 from kdpipe.stages.evaluate.stage import BASE, STAGE, STUDENT
 from kdpipe.stages.textualize.parts import read_records
@@ -46,16 +49,29 @@ def to_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def assembled(ctx: Context) -> bool:
-    """Whether both result files are there."""
+    """Whether both result files are there and were made from what the ledger and the manifest hold now."""
     folder = ctx.folder(STAGE.name)
-    return (folder / "predictions.parquet").exists() and (folder / "scores.json").exists()
+    try:
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    made_from = scores.get("made_from") if isinstance(scores, dict) else None
+    return (folder / "predictions.parquet").exists() and made_from == _made_from(ctx, ctx.ledger(STAGE.name))
+
+
+def _made_from(ctx: Context, ledger: Ledger) -> str:
+    """Digest of everything that decides the result files."""
+    samples = [(sample.id, sample.task) for sample in ctx.samples(ctx.config.data.eval_split)]
+    rejects = sorted((reject.id, reject.source, reject.key) for reject in ledger.rejects())
+    return digest([ledger.digest, rejects, samples, ctx.config.data.eval_split, ctx.config.evaluate.base])
 
 
 def assemble(ctx: Context) -> dict[str, Any]:
     """Writes `predictions.parquet` and `scores.json` from what the ledger holds, and prints the scores by task.
 
     Returns:
-        What stands in `scores.json`: `split`, `samples`, and for each model `accuracy` (share of the scored answers,
+        What stands in `scores.json`: `split`, `samples`, `made_from` (a digest of what decided it), and
+        for each model `accuracy` (share of the scored answers,
         None without any), `n` (answers scored), `correct`, `unanswered` (empty predictions, counted as wrong),
         `unscored` (no answer in the manifest), `rejected` (samples without a prediction, which are not in `n`), and
         `by_task` with the first four for each task.
@@ -72,7 +88,11 @@ def assemble(ctx: Context) -> dict[str, Any]:
     records = [record for _, record in read_records(ledger) if record["id"] in places and record["source"] in sources]
     records.sort(key=lambda record: (sources.index(record["source"]), places[record["id"]]))
     tmp = ctx.tmp(STAGE.name)
-    scores: dict[str, Any] = {"split": ctx.config.data.eval_split, "samples": len(samples)}
+    scores: dict[str, Any] = {
+        "split": ctx.config.data.eval_split,
+        "samples": len(samples),
+        "made_from": _made_from(ctx, ledger),
+    }
     for source in sources:
         rejected = sum(1 for reject in ledger.rejects() if reject.source == source and reject.id in places)
         scores[source] = score([record for record in records if record["source"] == source], rejected)

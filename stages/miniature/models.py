@@ -296,7 +296,8 @@ def make_qwen2_5_omni(
         enable_audio_output=False,
     )
     torch.manual_seed(seed)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config.thinker_config)
+    thinker: Any = config.thinker_config
+    model = Qwen2_5OmniThinkerForConditionalGeneration(thinker)
     images = Qwen2VLImageProcessor()
     processor = Qwen2_5OmniProcessor(
         image_processor=images,
@@ -340,7 +341,7 @@ def _id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
     return index
 
 
-def _ends(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int]:
+def _ends(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
     return {
         "bos_token_id": _id(tokenizer, tokens.END_OF_TEXT),
         "eos_token_id": _id(tokenizer, tokens.TURN_END),

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,11 +151,12 @@ def teach_student(
     rng = np.random.default_rng([seed, 2])
     torch.manual_seed(seed)
     naming = torch.nn.Linear(student.width, world.PITCHES + 1)
+    network: Any = student.model
 
     def frame_loss(step: int) -> torch.Tensor:
         heard = [lessons[row] for row in rng.integers(clips, size=batch)]
         merged = encoder.collate([Example("", [], [], clip.features) for clip in heard]).features
-        states = student.model.get_audio_features(**merged).last_hidden_state
+        states = network.get_audio_features(**merged).last_hidden_state
         return functional.cross_entropy(naming(states), torch.cat([clip.tones for clip in heard]))
 
     def text_loss(step: int) -> torch.Tensor:
@@ -166,7 +168,7 @@ def teach_student(
             examples.append(replace(example, target_ids=encoder.target_ids(response)))
         return _next_token_loss(student, encoder, examples)
 
-    tower = student.model.audio_tower
+    tower = network.audio_tower
     _train([*tower.parameters(), *naming.parameters()], frame_loss, frame_steps, rate, "student: tones", report)
     _train(student.model.parameters(), text_loss, text_steps, rate, "student: texts", report)
     models.save_weights(student.model, folder)
@@ -263,7 +265,8 @@ def _write(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) ->
         for name, value in (("input_ids", batch.input_ids), ("attention_mask", batch.attention_mask))
     }
     model.model.eval()
-    written = model.model.generate(
+    network: Any = model.model
+    written = network.generate(
         **inputs, **batch.features, max_new_tokens=LONGEST_RESPONSE, do_sample=False, eos_token_id=encoder.end_id
     )
     return encoder.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)

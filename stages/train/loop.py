@@ -44,12 +44,14 @@ class Place:
         tmp: unfinished files.
         identity: digest of everything that decides the student.
         say: prints a line.
+        recheck: raises if an input changed since it was hashed; called before anything is saved.
     """
 
     folder: Path
     tmp: Path
     identity: str
     say: Callable[[str], None]
+    recheck: Callable[[], None] = lambda: None
 
     @property
     def checkpoints(self) -> Path:
@@ -119,6 +121,7 @@ def train(
                 metrics.append(_line(number + 1, batch.after, step, meter))
                 meter = _Meter()
             if (number + 1) % config.checkpoint_steps == 0 or last or stopped.is_set():
+                place.recheck()
                 checkpoint.save(
                     place.checkpoints,
                     place.tmp,

@@ -74,12 +74,16 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         {sample: row.length for sample, row in targets.items()},
         needs.textual.layers if needs.textual is not None else 0,
     )
-    place = Place(ctx.folder(STAGE.name), ctx.tmp(STAGE.name), student_identity(plan), ctx.say)
+
+    def recheck() -> None:
+        ctx.recheck([samples[want.id] for want in plan.wanted])
+
+    place = Place(ctx.folder(STAGE.name), ctx.tmp(STAGE.name), student_identity(plan), ctx.say, recheck)
     with _reproducible(config.seed):
         student = load_model(base, device=config.device, train=True)
         optimizer, objective = _prepare(ctx, student, terms, needs, total)
         train(config, place, objective, terms.weights, optimizer, stream, reader, total)
-    ctx.recheck([samples[want.id] for want in plan.wanted])
+    recheck()
     made = Made(
         base=base,
         textual=needs.textual,
