@@ -6,11 +6,13 @@ token's 40 ms through its encoder; without that, next-token training stays on a 
 """
 
 import math
+import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def make_taught_models(folder: Path, *, seed: int, report: Report) -> dict[str, 
     text_tokenizer, audio_tokenizer = models.make_tokenizers(seed=seed)
     teacher = models.make_qwen3(folder / "teacher", tokenizer=text_tokenizer, seed=seed)
     student = models.make_qwen2_5_omni(folder / "student", tokenizer=audio_tokenizer, seed=seed)
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn"), _begin_lesson) as pool:
         lessons = {
             "teacher": pool.submit(teach_textual_teacher, teacher, seed=seed, report=report),
             "student": pool.submit(teach_student, student, seed=seed, report=report),
@@ -183,6 +185,19 @@ def teach_student(
     }
     report("student: describes {describes:.0%} of held-out clips exactly, answers {accuracy:.0%}".format(**scores))
     return scores
+
+
+def _begin_lesson() -> None:
+    """Sets up a process for one lesson, which ends when the process that asked for it does."""
+    torch.set_num_threads(1)
+    asker = parent_process()
+    assert asker is not None
+
+    def end_with_asker() -> None:
+        asker.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_asker, daemon=True).start()
 
 
 def _open(folder: Path, family: str) -> tuple[LoadedModel, Encoder]:
