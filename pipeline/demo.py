@@ -7,6 +7,7 @@ fine-tunes on the same traces. The models are made by `python -m kdpipe.pipeline
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import click
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import build_aside, move_into_place
 from kdpipe.pipeline.runner import Request, bring_up_to_date
+from kdpipe.pipeline.worker import QUIET
 from kdpipe.stages.miniature import world
 
 SEED = 0
@@ -105,7 +107,9 @@ def run_demo(folder: Path) -> None:
             move_into_place(built, folder / "data")
     if not (folder / "models").exists():
         click.echo("Teaching a miniature Qwen3 teacher to reason and a miniature Qwen2.5-Omni student to hear.")
-        subprocess.run([sys.executable, "-P", "-m", "kdpipe.pipeline.demo", str(folder)], check=True)
+        command = [sys.executable, "-P", "-m", "kdpipe.pipeline.demo", str(folder)]
+        if subprocess.run(command, env=QUIET | os.environ).returncode:
+            raise KdpipeError("demo: the miniature models could not be made; see above. Run the command again.")
     requests = {}
     for name, distil in ((".", True), ("sft", False)):
         file = folder / name / "kdpipe.yaml"

@@ -14,7 +14,7 @@ from kdpipe.pipeline.runner import Request
 from kdpipe.pipeline.unforeseen import unforeseen
 
 _PR_SET_PDEATHSIG = 1
-_QUIET = {
+QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """Runs one stage and returns the exit status: 0, 2 for an error of the user's, 130 for an interruption."""
     stage, config_file, *overrides = arguments
     _end_with_parent()
-    for name, value in _QUIET.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
         ctx = Request(Path(config_file), tuple(overrides)).context()

@@ -28,11 +28,6 @@ MEL_BINS = 80
 HEAD_DIM = 32
 """The smallest head size that vLLM's CPU attention supports."""
 
-_TALKER_IDS = (
-    *("tts_text_start_token_id", "tts_text_end_token_id", "tts_text_pad_token_id"),
-    *("vision_start_token_id", "vision_end_token_id", "audio_start_token_id", "audio_end_token_id"),
-)
-
 _TEXT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -298,8 +293,6 @@ def make_qwen2_5_omni(
             "vision_end_token_id": _id(tokenizer, tokens.VISION_END),
             **_ends(tokenizer),
         },
-        # The published ids of these lie outside the talker's own vocabulary, of which every load would warn.
-        talker_config={name: 0 for name in _TALKER_IDS},
         enable_audio_output=False,
     )
     torch.manual_seed(seed)

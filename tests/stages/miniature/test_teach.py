@@ -3,11 +3,16 @@
 How well taught models do takes minutes to see: `kdpipe demo` prints it.
 """
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,3 +78,31 @@ def test_student_learns_in_place_and_the_same_again(family: models.Miniatures, t
 def test_the_student_lesson_is_for_omni_models(family: models.Miniatures, name: str) -> None:
     with pytest.raises(KdpipeError, match="Name another folder"):
         teach.teach_student(getattr(family, name), seed=0, report=print)
+
+
+ASKER = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from kdpipe.stages.miniature.teach import _begin_lesson
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), _begin_lesson) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 300).result()
+"""
+
+
+def test_a_lesson_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    script = tmp_path / "asker.py"
+    script.write_text(ASKER)
+    asker = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert asker.stdout is not None
+    lesson = psutil.Process(int(asker.stdout.readline()))
+    os.kill(asker.pid, signal.SIGKILL)
+    asker.wait(10)
+    try:
+        lesson.wait(10)
+    finally:
+        if lesson.is_running():
+            lesson.kill()
