@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -255,9 +255,7 @@ class PartReader:
     def _open(self, name: str) -> zarr.Array:
         with self._lock:
             if name not in self._arrays:
-                array = self._group[name]
-                assert isinstance(array, zarr.Array)
-                self._arrays[name] = array
+                self._arrays[name] = cast("zarr.Array", self._group[name])
             return self._arrays[name]
 
 
