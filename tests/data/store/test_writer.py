@@ -121,7 +121,7 @@ def test_bfloat16_is_stored_as_its_bits_and_says_so(tmp_path: Path):
     bits = np.arange(8, dtype=np.uint16).reshape(2, 4)
     writer.append("clip", "k", {"hidden/01/states": bits})
     writer.close()
-    array = zarr.open_group(tmp_path / "a", mode="r")["hidden/01/states"]
+    array = zarr.open_array(tmp_path / "a", path="hidden/01/states", mode="r")
     assert array.dtype == np.uint16 and array.attrs["kdpipe_dtype"] == "bfloat16"
     np.testing.assert_array_equal(array[:], bits)
 
@@ -242,6 +242,6 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     async def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(zarr.storage.LocalStore, "set", full)
+    monkeypatch.setattr(zarr.storage.LocalStore, "set", full)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(OSError, match="No space left"):
         writer.append("s", "k", {"target_ids": np.zeros(1 << 17, np.uint32)})

@@ -140,7 +140,7 @@ class _Tied(nn.Module):
         super().__init__()
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(4, 2), "norm": nn.LayerNorm(2, bias=False)})
         self.lm_head = nn.Linear(2, 4, bias=False)
-        self.lm_head.weight = self.model["embed_tokens"].weight
+        self.lm_head.weight = self.model["embed_tokens"].weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_tied_weights_are_stored_once_and_missing_ones_are_an_error(family: Miniatures, tmp_path: Path) -> None:
@@ -183,7 +183,8 @@ def test_the_card_says_what_the_student_was_made_from(cached: Any) -> None:
 
 @pytest.mark.vllm
 def test_vllm_serves_the_omni_student_as_transformers_does(family: Miniatures, tmp_path: Path) -> None:
-    from kdpipe.stages.models.engine import Completion, Request, Sampling, drive, open_engine
+    from kdpipe.stages.models.drive import drive
+    from kdpipe.stages.models.engine import Completion, Request, Sampling, open_engine
 
     base = _folder(family.qwen2_5_omni)
     trained = _perturbed(base)
