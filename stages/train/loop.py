@@ -66,11 +66,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did; means over the tokens of its global batch."""
+    """What one optimizer step did; means over the tokens of its global batch. `sources` as in `objective.Sums`."""
 
     loss: float
     terms: Mapping[str, float]
-    diagnostics: Mapping[str, float]
+    sources: Mapping[str, Mapping[str, float]]
     grad_norm: float
     learning_rate: float
 
@@ -153,18 +153,19 @@ def train_step(
     Raises:
         KdpipeError: loss or gradient is not finite; nothing was changed.
     """
-    losses, terms, diagnostics = [], [], []
+
+    def normalizer(name: str) -> int:
+        return max(1, batch.audio_tokens if name == OVER_AUDIO else batch.response_tokens)
+
+    factors = {name: weight / normalizer(name) for name, weight in weights.items()}
+    losses, sums = [], []
     for micro in batch.micros:
-        sums = objective(micro.to(objective.device))
-        means = {
-            name: value / (batch.audio_tokens if name == OVER_AUDIO else batch.response_tokens)
-            for name, value in sums.terms.items()
-        }
-        loss = torch.stack([weight * means[name] for name, weight in weights.items()]).sum()
-        loss.backward()
-        losses.append(loss.detach())
-        terms.append({name: value.detach() for name, value in means.items()})
-        diagnostics.append({name: value / batch.response_tokens for name, value in sums.diagnostics.items()})
+        made = objective(micro.to(objective.device), factors)
+        made.loss.backward()
+        losses.append(made.loss.detach())
+        flat = {(name,): value for name, value in made.terms.items()}
+        flat |= {(source, name): value for source, seen in made.sources.items() for name, value in seen.items()}
+        sums.append(flat)
     values = torch.stack(losses).tolist()
     for value, micro in zip(values, batch.micros, strict=True):
         if not abs(value) < float("inf"):
@@ -172,7 +173,16 @@ def train_step(
     norm, rate = optimizer.step(number)
     if not abs(norm) < float("inf"):
         raise _not_finite(f"the gradient norm is {norm}", number, [i for m in batch.micros for i in m.batch.ids])
-    return Step(sum(values), _summed(terms), _summed(diagnostics), norm, rate)
+    terms: dict[str, float] = {}
+    sources: dict[str, dict[str, float]] = {}
+    totals = torch.stack([torch.stack([flat[place] for flat in sums]).sum() for place in sums[0]]).tolist()
+    for place, total in zip(sums[0], totals, strict=True):
+        mean = total / normalizer(place[0].split("/")[0])
+        if len(place) == 1:
+            terms[place[0]] = mean
+        else:
+            sources.setdefault(place[0], {})[place[1]] = mean
+    return Step(sum(values), terms, sources, norm, rate)
 
 
 def _not_finite(what: str, number: int, ids: Any) -> KdpipeError:
@@ -180,10 +190,6 @@ def _not_finite(what: str, number: int, ids: Any) -> KdpipeError:
         f"train: {what} in step {number + 1}, from samples {', '.join(ids)}. Training stopped before it touched the "
         "weights. Look at these samples; a lower train.learning_rate or student.model.dtype: float32 may help."
     )
-
-
-def _summed(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    return {name: float(torch.stack([part[name] for part in parts]).sum()) for name in parts[0]}
 
 
 def _resume(place: Place, optimizer: Optimizer, stream: Stream) -> int:
@@ -203,7 +209,7 @@ def _line(step: int, after: StreamState, values: Step, meter: _Meter) -> dict[st
         "epoch": after.epoch + 1 if after.batch else after.epoch,
         "loss": values.loss,
         "terms": dict(values.terms),
-        **values.diagnostics,
+        "sources": {name: dict(seen) for name, seen in values.sources.items()},
         "learning_rate": values.learning_rate,
         "grad_norm": values.grad_norm,
         "tokens": meter.tokens,

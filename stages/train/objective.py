@@ -1,4 +1,4 @@
-"""The loss of one micro-batch: every term as a sum over its tokens, from one forward pass and one pass over the head.
+"""The loss of one micro-batch, from one forward pass and one pass over the output head.
 
 Dimension key: N response tokens of the micro-batch, A audio tokens, M rows of the output head (N for the last layer
 and N more for each further lens layer), H width of the student, W width of the textual teacher, V rows of the head.
@@ -7,7 +7,7 @@ and N more for each further lens layer), H width of the student, W width of the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -16,7 +16,18 @@ from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Batch
 from kdpipe.stages.models.loaded import LoadedModel
 from kdpipe.stages.models.vocabulary import Alignment
-from kdpipe.stages.train.losses import Distribution, Divergence, Projection, TeacherRows, head_terms, hidden_loss
+from kdpipe.stages.train.losses import (
+    Diagnostics,
+    Distribution,
+    Divergence,
+    Form,
+    Projection,
+    StoredStates,
+    TeacherRows,
+    choose_form,
+    head_terms,
+    hidden_loss,
+)
 from kdpipe.stages.train.terms import Terms
 
 OVER_AUDIO = "acoustic"
@@ -31,38 +42,28 @@ class MicroBatch:
         batch: the student's inputs.
         textual: textual teacher's distributions by its layer, its last layer included: N rows each.
         acoustic_top: acoustic teacher's distribution over the response, or None.
-        textual_states: textual teacher's states [N, W] by its layer.
-        acoustic_states: acoustic teacher's states [A, H] by layer.
+        textual_states: textual teacher's states [N, W] by its layer, as stored.
+        acoustic_states: acoustic teacher's states [A, H] by layer, as stored.
         block_starts: first ids of the vocabulary blocks of the tails.
     """
 
     batch: Batch
     textual: Mapping[int, Distribution]
     acoustic_top: Distribution | None
-    textual_states: Mapping[int, torch.Tensor]
-    acoustic_states: Mapping[int, torch.Tensor]
+    textual_states: Mapping[int, StoredStates]
+    acoustic_states: Mapping[int, StoredStates]
     block_starts: tuple[int, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
         return MicroBatch(
             self.batch.to(device),
-            {layer: _moved(given, device) for layer, given in self.textual.items()},
-            None if self.acoustic_top is None else _moved(self.acoustic_top, device),
+            {layer: given.to(device) for layer, given in self.textual.items()},
+            None if self.acoustic_top is None else self.acoustic_top.to(device),
             {layer: states.to(device) for layer, states in self.textual_states.items()},
             {layer: states.to(device) for layer, states in self.acoustic_states.items()},
             self.block_starts,
         )
-
-
-def _moved(given: Distribution, device: torch.device) -> Distribution:
-    return Distribution(
-        given.ids.to(device),
-        given.logprob.to(device),
-        given.log_z.to(device),
-        given.log_tail.to(device),
-        given.temperatures,
-    )
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,16 @@ class Sums:
     """What a micro-batch adds to its global batch.
 
     Attributes:
-        terms: term to its unweighted sum over tokens (nats, or distance), with gradients; `sft` is always there.
-        diagnostics: name to a sum over response tokens, without gradients.
+        loss: the weighted sum of all terms, a scalar with gradients.
+        terms: term to its unweighted sum over tokens (nats, or distance), without gradients; `sft` is always there.
+        sources: by source and layer (`top`, `layer/03`, `acoustic/03`, `acoustic_top`; student layers, counted from
+            1), name to a sum over tokens, without gradients: `divergence` with the fields of `Diagnostics`, or
+            `distance`.
     """
 
+    loss: torch.Tensor
     terms: Mapping[str, torch.Tensor]
-    diagnostics: Mapping[str, torch.Tensor]
+    sources: Mapping[str, Mapping[str, torch.Tensor]]
 
 
 class Objective:
@@ -87,6 +92,7 @@ class Objective:
         teacher: the textual teacher's folder, for its depth and width; None where no term needs it.
         alignment: ids that distributions are compared over; None where none are compared.
         seed: of the projections' initial values.
+        form: how the output head is computed.
     """
 
     def __init__(
@@ -97,11 +103,13 @@ class Objective:
         teacher: ModelFolder | None,
         alignment: Alignment | None,
         seed: int,
+        form: Form = "auto",
     ):
         self._student = student
         self._terms = terms
         self._teacher_layers = 0 if teacher is None else teacher.layers
         self._alignment = alignment
+        self._form = form
         self.projections = nn.ModuleDict()
         if terms.match == "hidden" and teacher is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -114,11 +122,17 @@ class Objective:
         """Where the student is."""
         return self._student.device
 
-    def __call__(self, micro: MicroBatch) -> Sums:
+    def form(self) -> Form:
+        """The form in which the output head will be computed here."""
+        weight = self._student.head_weight
+        return choose_form(self._form, weight, weight, with_loss=True)
+
+    def __call__(self, micro: MicroBatch, factors: Mapping[str, float]) -> Sums:
         """Runs the student and compares.
 
         Args:
             micro: on the student's device.
+            factors: of each term in the loss, its share of the global normalizer included; 0 for those not named.
         """
         terms, batch = self._terms, micro.batch
         depth = len(self._student.layers)
@@ -130,25 +144,36 @@ class Objective:
         ):
             hidden_BLH = self._student.hidden(batch)
         last_NH = hidden_BLH.flatten(0, 1)[batch.response_rows]
-        sums, diagnostics = self._head(micro, last_NH, {layer: states_NH[layer] for layer in lens})
+        loss, sums, sources = self._head(micro, last_NH, {layer: states_NH[layer] for layer in lens}, factors)
         if terms.match == "hidden" and terms.distance is not None:
-            sums["layer"] = _total(
-                hidden_loss(
+            distances = {
+                layer: hidden_loss(
                     states_NH[layer], micro.textual_states[theirs], self.projections[str(layer)], terms.distance
                 ).sum()
                 for layer, theirs in terms.layers.items()
-            )
+            }
+            total = _total(distances.values())
+            loss = loss + factors.get("layer", 0.0) * total
+            sums["layer"] = total.detach()
+            sources |= {f"layer/{layer:02d}": {"distance": value.detach()} for layer, value in distances.items()}
         if terms.acoustic_layers and terms.distance is not None:
-            distances = [
-                hidden_loss(heard_AH[layer], micro.acoustic_states[layer], None, terms.distance).sum()
+            distances = {
+                layer: hidden_loss(heard_AH[layer], micro.acoustic_states[layer], None, terms.distance).sum()
                 for layer in terms.acoustic_layers
-            ]
-            sums[OVER_AUDIO] = _total(distances) / len(distances)
-        return Sums(sums, diagnostics)
+            }
+            mean = _total(distances.values()) / len(distances)
+            loss = loss + factors.get(OVER_AUDIO, 0.0) * mean
+            sums[OVER_AUDIO] = mean.detach()
+            sources |= {f"acoustic/{layer:02d}": {"distance": value.detach()} for layer, value in distances.items()}
+        return Sums(loss, sums, sources)
 
     def _head(
-        self, micro: MicroBatch, last_NH: torch.Tensor, lens_NH: Mapping[int, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        self,
+        micro: MicroBatch,
+        last_NH: torch.Tensor,
+        lens_NH: Mapping[int, torch.Tensor],
+        factors: Mapping[str, float],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
         """Labels, top, lens layers and acoustic top through the output head at once."""
         terms, targets_N = self._terms, micro.batch.targets
         count = len(targets_N)
@@ -159,13 +184,21 @@ class Objective:
         # teacher's last layer is the top itself, and is computed once for both terms.
         group = {layer: place + 1 for place, layer in enumerate(lens_NH)}
         top = (0, self._teacher_layers)
-        lens = [(group.get(ours, 0), theirs) for ours, theirs in terms.layers.items()] if terms.match == "lens" else []
-        pairs = list(dict.fromkeys([top, *lens] if terms.top > 0 else lens))
+        names: dict[tuple[int, int], list[str]] = {top: ["top"]} if terms.top > 0 else {}
+        for ours, theirs in terms.layers.items() if terms.match == "lens" else ():
+            names.setdefault((group.get(ours, 0), theirs), []).append(f"layer/{ours:02d}")
         teachers = [
-            TeacherRows(slice(place * count, (place + 1) * count), micro.textual[theirs]) for place, theirs in pairs
+            TeacherRows(
+                slice(place * count, (place + 1) * count),
+                micro.textual[theirs],
+                sum(factors.get(name.split("/")[0], 0.0) for name in named),
+            )
+            for (place, theirs), named in names.items()
         ]
+        given = list(names.values())
         if micro.acoustic_top is not None:
-            teachers.append(TeacherRows(slice(0, count), micro.acoustic_top))
+            teachers.append(TeacherRows(slice(0, count), micro.acoustic_top, factors.get("acoustic_top", 0.0)))
+            given.append(["acoustic_top"])
 
         compared = terms.compared
         result = head_terms(
@@ -173,29 +206,29 @@ class Objective:
             self._student.head_weight,
             labels_M,
             teachers,
-            divergence=Divergence("jsd") if compared is None else Divergence(compared.kind, compared.beta),
+            divergence=Divergence("jsd")
+            if compared is None
+            else Divergence(compared.kind, compared.beta, compared.alpha),
             temperature=1.0 if compared is None else compared.temperature,
             t_squared=compared is not None and compared.t_squared,
+            label_weight=factors.get("sft", 0.0),
             blocks=micro.block_starts if len(micro.block_starts) > 1 else None,
             valid_vocab=None if self._alignment is None else self._alignment.valid,
             masked_ids=() if self._alignment is None else self._alignment.masked,
+            form=self._form,
         )
-        values = {pair: value.sum() for pair, value in zip(pairs, result.divergence, strict=False)}
-        sums, diagnostics = {"sft": result.cross_entropy.sum()}, {}
-        if terms.top > 0:
-            sums["top"] = values[top]
-        if lens:
-            sums["layer"] = _total(values[pair] for pair in lens)
-        if micro.acoustic_top is not None:
-            sums["acoustic_top"] = result.divergence[-1].sum()
-        if top in values:
-            seen = result.diagnostics[pairs.index(top)]
-            diagnostics = {
-                "agreement": seen.agreement.sum(),
-                "teacher_kept": seen.teacher_kept.sum(),
-                "student_kept": seen.student_kept.sum(),
-            }
-        return sums, diagnostics
+        sums, sources = {"sft": result.cross_entropy.sum()}, {}
+        for named, value_N, seen in zip(given, result.divergence, result.diagnostics, strict=True):
+            values = {"divergence": value_N.sum(), **_sums(seen)}
+            for name in named:
+                sources[name] = values
+                term = name.split("/")[0]
+                sums[term] = sums.get(term, 0.0) + values["divergence"]
+        return result.loss, sums, dict(sorted(sources.items()))
+
+
+def _sums(seen: Diagnostics) -> dict[str, torch.Tensor]:
+    return {field.name: getattr(seen, field.name).sum() for field in fields(seen)}
 
 
 def _total(values: Iterable[torch.Tensor]) -> torch.Tensor:

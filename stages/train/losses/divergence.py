@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -157,10 +157,7 @@ def jsd(log_p_NM: torch.Tensor, log_q_NM: torch.Tensor, beta: float = 0.5) -> to
         return forward_kl(log_p_NM, log_q_NM)
     if beta == 1.0:
         return reverse_kl(log_p_NM, log_q_NM)
-    live = (log_p_NM > -torch.inf) | (log_q_NM > -torch.inf)
-    log_m_NM = torch.logaddexp(
-        torch.where(live, log_p_NM, 0.0) + math.log(beta), torch.where(live, log_q_NM, 0.0) + math.log1p(-beta)
-    )
+    log_m_NM = _mixture(log_p_NM, log_q_NM, beta)
     return beta * forward_kl(log_p_NM, log_m_NM) + (1.0 - beta) * forward_kl(log_q_NM, log_m_NM)
 
 
@@ -169,26 +166,95 @@ def tvd(log_p_NM: torch.Tensor, log_q_NM: torch.Tensor) -> torch.Tensor:
     return 0.5 * (log_p_NM.exp() - log_q_NM.exp()).abs().sum(-1)
 
 
+def skew_kl(log_p_NM: torch.Tensor, log_q_NM: torch.Tensor, alpha: float = 0.1) -> torch.Tensor:
+    """KL(p || alpha p + (1 - alpha) q) of each row, in nats (DistiLLM, Ko et al., arXiv 2402.03898, section 3.1).
+
+    Forward KL at alpha = 0; with alpha > 0 at most -log(alpha), wherever the student is.
+    """
+    return forward_kl(log_p_NM, _mixture(log_p_NM, log_q_NM, alpha))
+
+
+def skew_reverse_kl(log_p_NM: torch.Tensor, log_q_NM: torch.Tensor, alpha: float = 0.1) -> torch.Tensor:
+    """KL(q || alpha q + (1 - alpha) p) of each row, in nats (as `skew_kl`); reverse KL at alpha = 0."""
+    return forward_kl(log_q_NM, _mixture(log_q_NM, log_p_NM, alpha))
+
+
+def _mixture(log_a_NM: torch.Tensor, log_b_NM: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share a + (1 - share) b); where both are 0, anything finite."""
+    if share == 0.0:
+        return log_b_NM
+    live = (log_a_NM > -torch.inf) | (log_b_NM > -torch.inf)
+    return torch.logaddexp(
+        torch.where(live, log_a_NM, 0.0) + math.log(share), torch.where(live, log_b_NM, 0.0) + math.log1p(-share)
+    )
+
+
+def sampled_cross_entropy(
+    log_p_NK: torch.Tensor, log_q_NK: torch.Tensor, log_tail_N: torch.Tensor, log_q_ND: torch.Tensor
+) -> torch.Tensor:
+    """Forward cross-entropy -sum p log q, exact on the kept entries and sampled on the tail, in nats.
+
+    With tail mass t and D draws v_j from the tail's own distribution, -sum_K p log q - t / D sum_j log q(v_j): its
+    expectation over the draws is the cross-entropy over the whole vocabulary, and so is its gradient's. K = 0 is pure
+    sampling (t = 1). Not a divergence: at its minimum it is the teacher's entropy.
+
+    Args:
+        log_p_NK: the teacher's kept log-probabilities [N, K]; -inf where absent.
+        log_q_NK: the student's of the same ids [N, K].
+        log_tail_N: log mass of the teacher's tail [N].
+        log_q_ND: the student's log-probabilities of the draws [N, D].
+    """
+    live = log_p_NK > -torch.inf
+    kept_N = (log_p_NK.exp() * torch.where(live, log_q_NK, 0.0)).sum(1)
+    tail_N = log_tail_N.exp()
+    drawn_N = torch.where(tail_N > 0, log_q_ND.mean(1), 0.0) * tail_N
+    return -(kept_N + drawn_N)
+
+
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "sampled_ce"]
+
+
 @dataclass(frozen=True)
 class Divergence:
     """A divergence chosen by name.
 
     Attributes:
-        kind: which one.
+        kind: which one; `sampled_ce` is `sampled_cross_entropy`, which needs draws.
         beta: mixture weight of `jsd`, in [0, 1]; the others have none.
+        alpha: skew of `skew_kl` and `skew_reverse_kl`, in [0, 1).
     """
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
+    kind: Kind
     beta: float = 0.5
+    alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("forward_kl", "reverse_kl", "jsd", "tvd"):
-            raise KdpipeError(f"divergence {self.kind!r} is not one of forward_kl, reverse_kl, jsd, tvd.")
+        if self.kind not in get_args(Kind):
+            raise KdpipeError(f"divergence {self.kind!r} is not one of {', '.join(get_args(Kind))}.")
         if not 0.0 <= self.beta <= 1.0:
             raise KdpipeError(f"beta {self.beta:g} of the divergence is not between 0 and 1.")
+        if not 0.0 <= self.alpha < 1.0:
+            raise KdpipeError(f"alpha {self.alpha:g} of the divergence is not at least 0 and below 1.")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the tail is taken from draws."""
+        return self.kind == "sampled_ce"
 
     def __call__(self, log_p_NM: torch.Tensor, log_q_NM: torch.Tensor) -> torch.Tensor:
         """The divergence of each row [N], from log-probabilities [N, M] over the same outcomes."""
-        if self.kind == "jsd":
-            return jsd(log_p_NM, log_q_NM, self.beta)
-        return {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "tvd": tvd}[self.kind](log_p_NM, log_q_NM)
+        match self.kind:
+            case "forward_kl":
+                return forward_kl(log_p_NM, log_q_NM)
+            case "reverse_kl":
+                return reverse_kl(log_p_NM, log_q_NM)
+            case "jsd":
+                return jsd(log_p_NM, log_q_NM, self.beta)
+            case "skew_kl":
+                return skew_kl(log_p_NM, log_q_NM, self.alpha)
+            case "skew_reverse_kl":
+                return skew_reverse_kl(log_p_NM, log_q_NM, self.alpha)
+            case "tvd":
+                return tvd(log_p_NM, log_q_NM)
+            case "sampled_ce":
+                raise KdpipeError("sampled_ce is no function of outcomes: call sampled_cross_entropy with draws.")

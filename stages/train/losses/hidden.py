@@ -1,11 +1,13 @@
 """Losses on hidden states: the student's, projected, against a teacher's from the store.
 
-Shape suffixes: N rows (positions), S student width, W teacher width.
+Shape suffixes: N rows (positions), n rows of a chunk, S student width, W teacher width, C stored width.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kdpipe.data.errors import KdpipeError
+
+Distance = Literal["cosine", "mse", "smooth_l1"]
 
 # Guards the division by a row's norm; states of a trained model are far above it.
 EPSILON = 1e-6
@@ -38,69 +42,122 @@ class Projection(nn.Linear):
             nn.init.normal_(self.weight, std=student_width**-0.5, generator=generator)
 
 
+@dataclass(frozen=True)
+class StoredStates:
+    """A teacher's states at N positions as the store keeps them, decoded a few rows at a time.
+
+    A row is `(codes * scale) @ basis + mean`, with what there is of the three.
+
+    Attributes:
+        codes: [N, C], any float dtype or int8; C = W without a basis.
+        scale: [N] factor of each row; needed for int8.
+        basis: [C, W] low-rank basis, one for all rows.
+        mean: [W], added last.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is None and not self.codes.is_floating_point():
+            raise KdpipeError(f"teacher states are stored as {self.codes.dtype}; their scale for each row is missing.")
+        expected = {"scale": (len(self),), "basis": (self.codes.shape[1], self.width), "mean": (self.width,)}
+        for name, shape in expected.items():
+            part = getattr(self, name)
+            if part is not None and tuple(part.shape) != shape:
+                raise KdpipeError(f"{name} of teacher states is {tuple(part.shape)}, expected {shape}.")
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.codes.shape[1] if self.basis is None else self.basis.shape[-1]
+
+    def rows(self, span: slice) -> torch.Tensor:
+        """Decoded rows, float32 [n, W]."""
+        states_nW = self.codes[span].float()
+        if self.scale is not None:
+            states_nW = states_nW * self.scale[span].float()[:, None]
+        if self.basis is not None:
+            states_nW = states_nW @ self.basis.float()
+        return states_nW if self.mean is None else states_nW + self.mean.float()
+
+    def to(self, device: torch.device) -> StoredStates:
+        """The same on another device."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return StoredStates(**{name: None if part is None else part.to(device) for name, part in parts.items()})
+
+    @staticmethod
+    def joined(several: Sequence[StoredStates]) -> StoredStates:
+        """Positions of several, one after the other; basis and mean are the first one's."""
+        first = several[0]
+        scale = None if first.scale is None else torch.cat([s.scale for s in several if s.scale is not None])
+        return StoredStates(torch.cat([s.codes for s in several]), scale, first.basis, first.mean)
+
+
 def hidden_loss(
     student_NS: torch.Tensor,
-    teacher_NW: torch.Tensor,
+    teacher: StoredStates,
     projection: nn.Module | None,
-    kind: Literal["cosine", "mse"],
+    kind: Distance,
     *,
-    scale_N: torch.Tensor | None = None,
     chunk_rows: int = 1024,
 ) -> torch.Tensor:
     """Distance of each row between projected student state s and teacher state t.
 
     cosine: 1 - s.t / (|s| |t|), in [0, 2], blind to the length of states.
-    mse: mean (s - t)^2 / mean t^2 over the width: squared error in units of the teacher's own mean square, since that
-    differs widely between layers and one weight has to serve them all. (Normalizing both sides would give the
-    cosine again, times two.)
+    mse: mean (s - t)^2 / mean t^2 over the width.
+    smooth_l1: mean over the width of d^2 / 2 where |d| < 1 and |d| - 1/2 elsewhere, d = (s - t) / sqrt(mean t^2)
+    (Huber): large single dimensions, which states of trained models have, do not rule it.
 
-    Rows are taken in chunks, and each chunk is computed again in the backward pass: no float32 copy of all
-    states, the student's or the teacher's, is ever held.
+    The last two are in units of the teacher's own root mean square, since that differs widely between layers and one
+    weight has to serve them all. (Normalizing both sides would give the cosine again, times two.)
+
+    Rows are decoded, projected and compared in chunks, and each chunk again in the backward pass: no float32 copy of
+    all states, the student's or the teacher's, is ever held.
 
     Args:
         student_NS: student states [N, S], any float dtype.
-        teacher_NW: teacher states as stored [N, W]: any float dtype, or int8 with `scale_N`.
+        teacher: its states at the same positions.
         projection: maps [n, S] in float32 to [n, W]; None where the widths are equal.
         kind: the distance.
-        scale_N: factor of each stored teacher row [N], or None for 1.
         chunk_rows: rows in a chunk.
 
     Returns:
         float32 [N].
 
     Raises:
-        KdpipeError: unknown kind, shapes that do not fit, or integer states without their scale.
+        KdpipeError: unknown kind, or shapes that do not fit.
     """
-    if kind not in ("cosine", "mse"):
-        raise KdpipeError(f"distance of hidden states {kind!r} is not one of cosine, mse.")
-    if len(student_NS) != len(teacher_NW):
-        raise KdpipeError(f"{len(student_NS)} student states stand against {len(teacher_NW)} teacher states.")
-    if projection is None and student_NS.shape[1] != teacher_NW.shape[1]:
+    if kind not in get_args(Distance):
+        raise KdpipeError(f"distance of hidden states {kind!r} is not one of {', '.join(get_args(Distance))}.")
+    if len(student_NS) != len(teacher):
+        raise KdpipeError(f"{len(student_NS)} student states stand against {len(teacher)} teacher states.")
+    if projection is None and student_NS.shape[1] != teacher.width:
         raise KdpipeError(
-            f"student states are {student_NS.shape[1]} wide, the teacher's {teacher_NW.shape[1]}: "
-            "a projection is needed."
+            f"student states are {student_NS.shape[1]} wide, the teacher's {teacher.width}: a projection is needed."
         )
-    if scale_N is None and not teacher_NW.is_floating_point():
-        raise KdpipeError(f"teacher states are stored as {teacher_NW.dtype}; their scale for each row is missing.")
 
-    def distance(student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        student, teacher = student.float(), teacher.float()
-        if scale is not None:
-            teacher = teacher * scale.float().reshape(-1, 1)
-        if projection is not None:
-            student = projection(student)
+    def distance(student_nS: torch.Tensor, span: slice) -> torch.Tensor:
+        student_nS, teacher_nW = student_nS.float(), teacher.rows(span)
+        student_nW = student_nS if projection is None else projection(student_nS)
         if kind == "cosine":
-            return 1.0 - F.cosine_similarity(student, teacher, dim=1, eps=EPSILON)
-        return (student - teacher).square().mean(1) / (teacher.square().mean(1) + EPSILON)
+            return 1.0 - F.cosine_similarity(student_nW, teacher_nW, dim=1, eps=EPSILON)
+        square_n = teacher_nW.square().mean(1) + EPSILON
+        if kind == "mse":
+            return (student_nW - teacher_nW).square().mean(1) / square_n
+        return F.smooth_l1_loss(
+            (student_nW - teacher_nW) / square_n.sqrt()[:, None], torch.zeros_like(teacher_nW), reduction="none"
+        ).mean(1)
 
     if not len(student_NS):
         return student_NS.float().sum(1)
     values = []
     for start in range(0, len(student_NS), chunk_rows):
         span = slice(start, start + chunk_rows)
-        scale = None if scale_N is None else scale_N[span]
-        value = checkpoint(
-            distance, student_NS[span], teacher_NW[span], scale, use_reentrant=False, preserve_rng_state=False
-        )
-        values.append(value)
+        values.append(checkpoint(distance, student_NS[span], span, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(values)

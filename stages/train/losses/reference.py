@@ -5,46 +5,12 @@ Shape suffixes: N rows (positions), H width, V vocabulary, S ids a row, T temper
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """What lies between hidden states and log-sum-exp, apart from the weights.
-
-    Logits are z = softcap * tanh(u / softcap) with u = logit_scale * (W h + bias); without a softcap, z = u.
-
-    Attributes:
-        temperatures: softmax temperatures.
-        bounds: B + 1 ascending ids; block b holds ids `bounds[b] .. bounds[b + 1] - 1`. The last is the number of
-            valid rows of the head: what lies beyond is not part of the softmax.
-        masked: ascending ids below `bounds[-1]` that are not part of the softmax either.
-        logit_scale: factor of the logits (Granite, Cohere).
-        softcap: bound of the logits (Gemma), or None.
-    """
-
-    temperatures: tuple[float, ...]
-    bounds: tuple[int, ...]
-    masked: tuple[int, ...]
-    logit_scale: float
-    softcap: float | None
-
-    def masked_columns(self, start: int, stop: int, device: torch.device) -> torch.Tensor | None:
-        """Masked ids in `start .. stop - 1`, counted from `start` (int64), or None where there are none."""
-        low, high = bisect_left(self.masked, start), bisect_left(self.masked, stop)
-        if low == high:
-            return None
-        return torch.tensor([token - start for token in self.masked[low:high]], device=device)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from kdpipe.stages.train.losses.spec import HeadSpec, accumulator
 
 
 def reference_head(

@@ -18,7 +18,7 @@ from kdpipe.stages.models.loaded import load_model
 from kdpipe.stages.models.prompt import fill
 from kdpipe.stages.textualize.table import read_traces
 from kdpipe.stages.train.data import Reader
-from kdpipe.stages.train.objective import Objective
+from kdpipe.stages.train.objective import Objective, Sums
 from kdpipe.stages.train.terms import resolve_terms
 
 
@@ -50,14 +50,14 @@ def test_cached_and_live_teacher_give_the_same_loss_and_gradients(cached: Any, s
     model, teacher = load_model(needs.student, device="cpu", train=True), load_model(needs.textual, device="cpu")
     reads, traces = Encoder(needs.textual), read_traces(ctx)
 
-    def cached_terms(kind: Divergence) -> dict[str, torch.Tensor]:
+    def cached_terms(kind: Divergence) -> Sums:
         config = replace(run.config, train=replace(run.config.train, divergence=kind, micro_batch_tokens=10_000))
         terms = resolve_terms(config, needs)
         store = Store(ledger.parts, ledger)
         reader = Reader(config, terms, encoder, samples, store, lengths, needs.textual.layers)
         (micro,) = reader.load((StreamState("", 0, 0, 0), list(samples))).micros
         objective = Objective(model, terms, teacher=needs.textual, alignment=needs.alignment, seed=0)
-        return dict(objective(micro).terms)
+        return objective(micro, {"top": 1.0, "layer": 0.05})
 
     def live_terms(kind: str) -> dict[str, torch.Tensor]:
         """One sample at a time, full logits, no padding; teacher and student by transformers alone."""
@@ -95,16 +95,16 @@ def test_cached_and_live_teacher_give_the_same_loss_and_gradients(cached: Any, s
                     sums["top"] = sums["top"] + value
         return sums
 
-    def gradients(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
         model.model.zero_grad(set_to_none=True)
-        (terms["top"] + 0.05 * terms["layer"]).backward()
+        loss.backward()
         return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
 
     for kind in ("jsd", "forward_kl"):
         ours, theirs = cached_terms(kind), live_terms(kind)
         for name, value in theirs.items():
-            assert float(ours[name].detach()) == pytest.approx(float(value.detach()), rel=1e-5)
-        mine, its = gradients(ours), gradients(theirs)
+            assert float(ours.terms[name]) == pytest.approx(float(value.detach()), rel=1e-5)
+        mine, its = gradients(ours.loss), gradients(theirs["top"] + 0.05 * theirs["layer"])
         assert mine.keys() == its.keys() and len(mine) > 40
         for name, value in its.items():
             assert float((mine[name] - value).norm()) < 1e-5 * float(value.norm()), name

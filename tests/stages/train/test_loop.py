@@ -66,7 +66,7 @@ def test_each_ablation_learns_and_logs_its_terms(cached: Any, setting: str) -> N
         assert set(line["terms"]) == TERMS[setting]
         assert line["loss"] == pytest.approx(sum(weights[name] * value for name, value in line["terms"].items()), 1e-5)
         assert line["tokens"] > 0 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1
-        assert ("agreement" in line) == ("top" in line["terms"])
+        assert ("top" in line["sources"]) == ("top" in line["terms"])
     assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
     if "layer" in TERMS[setting] and setting.startswith("hidden"):
         assert metrics[-1]["terms"]["layer"] < 0.8 * metrics[0]["terms"]["layer"]
@@ -80,7 +80,7 @@ def test_the_teacher_is_imitated(cached: Any) -> None:
     weights = dataclasses.replace(run.config.train.weights, top=1.0, sft=0.0)
     metrics = run.train(weights=weights, epochs=8, learning_rate=5e-4, schedule="constant")
     assert metrics[-1]["terms"]["top"] < 0.5 * metrics[0]["terms"]["top"]
-    assert metrics[0]["teacher_kept"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics[0]["sources"]["top"]["teacher_kept"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_loss_does_not_depend_on_micro_batches(cached: Any) -> None:
@@ -204,12 +204,10 @@ def test_a_loss_that_is_not_finite_names_its_samples(cached: Any, monkeypatch: p
     true = Objective.__call__
     seen: list[tuple[str, ...]] = []
 
-    def poisoned(self: Objective, micro: MicroBatch) -> Sums:
-        sums = true(self, micro)
+    def poisoned(self: Objective, micro: MicroBatch, factors: dict[str, float]) -> Sums:
+        sums = true(self, micro, factors)
         seen.append(micro.batch.ids)
-        if len(seen) == 4:
-            return Sums({"sft": sums.terms["sft"] * float("nan")}, {})
-        return sums
+        return dataclasses.replace(sums, loss=sums.loss * float("nan")) if len(seen) == 4 else sums
 
     monkeypatch.setattr(Objective, "__call__", poisoned)
     with pytest.raises(KdpipeError, match=r"the loss is nan in step \d") as caught:

@@ -17,7 +17,7 @@ from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.inputs import Batch, Encoder, Example
 from kdpipe.stages.models.loaded import LoadedModel, load_model
 from kdpipe.stages.models.vocabulary import Alignment, align, load_vocabulary
-from kdpipe.stages.train.losses import Distribution
+from kdpipe.stages.train.losses import Distribution, StoredStates
 from kdpipe.stages.train.objective import MicroBatch, Objective
 from kdpipe.stages.train.terms import Compared, Terms
 
@@ -90,11 +90,11 @@ def scene(family: Miniatures) -> Scene:
             normed = last if layer == 6 else model.final_norm(hidden)
             textual[layer] = _cached(normed, model.head_weight, alignment)
             logits[layer] = normed @ model.head_weight.T
-            states[layer] = hidden
+            states[layer] = StoredStates(hidden)
         with frozen.capture(range(1, 5), batch.audio_rows) as audio:
             own = frozen.hidden(batch).flatten(0, 1)[batch.response_rows]
         acoustic_top = _cached(own * 0.5, frozen.head_weight, alignment)
-    moved = {layer: hidden + 0.1 * torch.randn(hidden.shape) for layer, hidden in audio.items()}
+    moved = {layer: StoredStates(hidden + 0.1 * torch.randn(hidden.shape)) for layer, hidden in audio.items()}
     micro = MicroBatch(batch, textual, acoustic_top, states, moved, (0,))
     return Scene(load_model(base, device="cpu", train=True), teacher, alignment, batch, micro, logits)
 
@@ -148,8 +148,9 @@ def test_all_of_the_vocabulary_cached_is_the_live_teacher(
     scene: Scene, compared: Compared, full: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> None:
     terms = dataclasses.replace(NOTHING, top=1.0, layer=0.5, compared=compared, layers=LENS, match="lens")
-    sums = scene.objective(terms)(dataclasses.replace(scene.micro, acoustic_top=None)).terms
-    ours = scene.gradients(sums["top"] + 0.5 * sums["layer"])
+    made = scene.objective(terms)(dataclasses.replace(scene.micro, acoustic_top=None), terms.weights)
+    sums, ours = made.terms, scene.gradients(made.loss)
+    assert float(made.loss.detach()) == pytest.approx(float(sums["top"] + 0.5 * sums["layer"]), rel=1e-5)
 
     student, temperature = scene.student, compared.temperature
     with student.capture([1, 2, 3]) as states:
@@ -176,9 +177,9 @@ def test_cross_entropy_is_that_of_transformers_where_nothing_is_masked(scene: Sc
     terms = dataclasses.replace(NOTHING, sft=1.0, compared=None)
     micro = dataclasses.replace(scene.micro, textual={}, acoustic_top=None, acoustic_states={}, textual_states={})
     objective = Objective(scene.student, terms, teacher=None, alignment=None, seed=0)
-    ours = objective(micro).terms
+    made = objective(micro, {"sft": 1.0})
+    ours, gradients = made.terms, scene.gradients(made.loss)
     assert set(ours) == {"sft"}
-    gradients = scene.gradients(ours["sft"])
     output = scene.student.model(**scene.batch.forward, use_cache=False)
     expected = F.cross_entropy(
         output.logits.flatten(0, 1)[scene.batch.response_rows], scene.batch.targets, reduction="sum"
@@ -189,19 +190,22 @@ def test_cross_entropy_is_that_of_transformers_where_nothing_is_masked(scene: Sc
 
 def test_acoustic_term_is_the_mean_over_layers_at_the_audio_positions(scene: Scene) -> None:
     terms = dataclasses.replace(NOTHING, acoustic=1.0, compared=None, acoustic_layers=(1, 3, 4), distance="cosine")
-    sums = scene.objective(terms)(dataclasses.replace(scene.micro, acoustic_top=None)).terms
+    made = scene.objective(terms)(dataclasses.replace(scene.micro, acoustic_top=None), terms.weights)
     output = scene.student.model(**scene.batch.forward, use_cache=False, output_hidden_states=True)
     audio = scene.batch.audio_rows
     assert len(audio) == sum(scene.batch.audio_offsets[-1:]) > 10
     expected = []
     for layer in (1, 3):  # transformers gives the last layer after the norm
         own = output.hidden_states[layer].flatten(0, 1)[audio]
-        expected.append((1 - F.cosine_similarity(own, scene.micro.acoustic_states[layer])).sum())
+        expected.append((1 - F.cosine_similarity(own, scene.micro.acoustic_states[layer].codes)).sum())
     with scene.student.capture([4], audio) as states:
         scene.student.hidden(scene.batch)
-    expected.append((1 - F.cosine_similarity(states[4], scene.micro.acoustic_states[4])).sum())
-    assert float(sums["acoustic"].detach()) == pytest.approx(float(torch.stack(expected).mean().detach()), rel=1e-4)
-    scene.gradients(sums["acoustic"])
+    expected.append((1 - F.cosine_similarity(states[4], scene.micro.acoustic_states[4].codes)).sum())
+    assert float(made.terms["acoustic"]) == pytest.approx(float(torch.stack(expected).mean().detach()), rel=1e-4)
+    assert [float(made.sources[f"acoustic/{layer:02d}"]["distance"]) for layer in (1, 3, 4)] == pytest.approx(
+        [float(value.detach()) for value in expected], rel=1e-4
+    )
+    scene.gradients(made.loss)
     towers = [p.grad for n, p in scene.student.model.named_parameters() if "audio_tower.conv1" in n]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in towers)
 
@@ -215,16 +219,19 @@ def test_hidden_matching_trains_a_projection_for_each_pair(scene: Scene) -> None
         assert value.shape == (scene.teacher.width, scene.student.width)
         assert torch.equal(value, again.projections.state_dict()[name])
     micro = dataclasses.replace(scene.micro, textual={}, acoustic_top=None)
-    sums = objective(micro).terms
+    made = objective(micro, terms.weights)
     with scene.student.capture([2, 4], scene.batch.response_rows) as states:
         scene.student.hidden(scene.batch)
     expected = 0.0
     for ours, theirs in ((2, 3), (4, 6)):
         projected = states[ours] @ objective.projections[str(ours)].weight.T
-        target = scene.micro.textual_states[theirs]
+        target = scene.micro.textual_states[theirs].codes
         expected += float(((projected - target).square().mean(1) / target.square().mean(1)).sum().detach())
-    assert float(sums["layer"].detach()) == pytest.approx(expected, rel=1e-3)
-    sums["layer"].backward()
+    assert float(made.terms["layer"]) == pytest.approx(expected, rel=1e-3)
+    assert sum(float(made.sources[name]["distance"]) for name in ("layer/02", "layer/04")) == pytest.approx(
+        expected, rel=1e-3
+    )
+    made.loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.projections.parameters())
 
 
@@ -240,20 +247,41 @@ def test_every_term_at_once_and_the_top_computed_once(scene: Scene, monkeypatch:
 
     monkeypatch.setattr(module, "head_terms", spy)
     terms = Terms(1.0, 1.0, 0.1, 0.1, 0.2, JSD, LENS, "lens", (1, 2, 3, 4), "cosine")
-    sums = scene.objective(terms)(scene.micro)
+    sums = scene.objective(terms)(scene.micro, terms.weights)
     count = len(scene.batch.targets)
     assert seen == [(4 * count, 5)]
     assert set(sums.terms) == {"sft", "top", "layer", "acoustic", "acoustic_top"}
     assert all(torch.isfinite(value) for value in sums.terms.values())
-    assert float(sums.terms["acoustic_top"].detach()) > 0
-    assert 0 <= float(sums.diagnostics["agreement"]) <= count
-    assert float(sums.diagnostics["teacher_kept"]) == pytest.approx(count, rel=1e-4)
+    assert float(sums.terms["acoustic_top"]) > 0
+    weighted = sum(weight * float(sums.terms[name]) for name, weight in terms.weights.items())
+    assert float(sums.loss.detach()) == pytest.approx(weighted, rel=1e-5)
+
+
+def test_diagnostics_by_source_and_layer(scene: Scene) -> None:
+    terms = Terms(1.0, 1.0, 0.1, 0.1, 0.2, JSD, LENS, "lens", (1, 4), "cosine")
+    sums = scene.objective(terms)(scene.micro, terms.weights)
+    count = len(scene.batch.targets)
+    lens = [f"layer/{layer:02d}" for layer in LENS]
+    assert set(sums.sources) == {"top", "acoustic_top", *lens, "acoustic/01", "acoustic/04"}
+    assert sums.sources["top"] == sums.sources["layer/04"], "the lens of the last layer is the top"
+    for name in ("top", "acoustic_top", *lens):
+        seen = {key: float(value) / count for key, value in sums.sources[name].items()}
+        assert 0 <= seen["agreement"] <= 1 and 0 < seen["divergence"] <= np.log(2)
+        assert seen["teacher_kept"] == pytest.approx(1.0, rel=1e-4), "the whole vocabulary is kept"
+        assert seen["student_kept"] == pytest.approx(1.0, rel=1e-4)
+        assert 0 < seen["student_entropy"] < np.log(scene.alignment.valid)
+    their = _log_softmax(scene.teacher_logits[6], scene.alignment, 1.0)
+    entropy = -float((their.exp() * their).sum())
+    assert float(sums.sources["top"]["teacher_entropy"]) == pytest.approx(entropy, rel=1e-4)
+    assert float(sums.terms["layer"]) == pytest.approx(
+        sum(float(sums.sources[name]["divergence"]) for name in lens), rel=1e-5
+    )
 
 
 def test_tails_in_blocks_and_a_small_k_stay_below_the_full_divergence(scene: Scene) -> None:
     terms = dataclasses.replace(NOTHING, top=1.0)
     micro = dataclasses.replace(scene.micro, acoustic_top=None)
-    full = float(scene.objective(terms)(micro).terms["top"])
+    full = float(scene.objective(terms)(micro, {}).terms["top"])
     given = micro.textual[6]
     few = Distribution(
         given.ids[:, :4].contiguous(),
@@ -262,5 +290,5 @@ def test_tails_in_blocks_and_a_small_k_stay_below_the_full_divergence(scene: Sce
         torch.log1p(-given.logprob[:, :4].exp().sum(1)).reshape(-1, 1, 1).expand(-1, 2, 1),
         given.temperatures,
     )
-    bucketed = float(scene.objective(terms)(dataclasses.replace(micro, textual={6: few})).terms["top"])
+    bucketed = float(scene.objective(terms)(dataclasses.replace(micro, textual={6: few}), {}).terms["top"])
     assert 0 < bucketed < full

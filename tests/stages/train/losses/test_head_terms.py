@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.stages.train import losses
-from kdpipe.stages.train.losses import Distribution, Divergence, TeacherRows, head_terms
+from kdpipe.stages.train.losses import Distribution, Divergence, TeacherRows, head_terms, joint
 
 M, H, V = 12, 16, 50
 KINDS = [
@@ -19,7 +18,10 @@ KINDS = [
     Divergence("jsd"),
     Divergence("jsd", 0.2),
     Divergence("tvd"),
+    Divergence("skew_kl"),
+    Divergence("skew_reverse_kl", alpha=0.3),
 ]
+FORMS = ["reference", "chunked", "in_forward"]
 EVERYTHING = slice(0, M)
 
 
@@ -73,6 +75,9 @@ def full_divergence(divergence, log_p, log_q):
 
     if divergence.kind == "tvd":
         return (log_p.exp() - log_q.exp()).abs().sum(1) / 2
+    if divergence.kind.startswith("skew"):
+        a, b = (log_p, log_q) if divergence.kind == "skew_kl" else (log_q, log_p)
+        return kl(a, (divergence.alpha * a.exp() + (1 - divergence.alpha) * b.exp()).log())
     if divergence.kind != "jsd":
         return kl(log_p, log_q) if divergence.kind == "forward_kl" else kl(log_q, log_p)
     beta = divergence.beta
@@ -80,7 +85,7 @@ def full_divergence(divergence, log_p, log_q):
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-def terms(hidden, weight, labels, teachers, divergence=KINDS[2], temperature=1.0, t_squared=False, **settings):
+def terms(hidden, weight, labels, teachers, divergence=KINDS[2], temperature=1.0, label_weight=0.0, **settings):
     return head_terms(
         hidden,
         weight,
@@ -88,20 +93,20 @@ def terms(hidden, weight, labels, teachers, divergence=KINDS[2], temperature=1.0
         teachers,
         divergence=divergence,
         temperature=temperature,
-        t_squared=t_squared,
+        label_weight=label_weight,
         **settings,
     )
 
 
 def assert_same_loss(got, want, leaves, tolerance=1e-5):
     """Values to `tolerance`, and gradients to `tolerance` of their largest entry or absolutely."""
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-    gradients = [torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (got, want)]
+    torch.testing.assert_close(got, want.sum(), rtol=tolerance, atol=tolerance)
+    gradients = [torch.autograd.grad(x.sum(), leaves, retain_graph=x is want) for x in (got, want)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max())))
 
 
-@pytest.mark.parametrize("form", ["chunked", "reference"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("blocks", [None, (0, 4, 20)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
@@ -111,17 +116,22 @@ def test_whole_vocabulary_equals_the_live_teacher(divergence, temperature, block
     logits = teacher_logits()
     given = cache(logits, V, (1.0, 2.0), blocks or (0,))
     assert (given.log_tail == -torch.inf).all(), "nothing is left"
-    got = terms(
-        hidden, weight, labels, [TeacherRows(EVERYTHING, given)], divergence, temperature, blocks=blocks, form=form
-    )
+    settings = {"blocks": blocks, "form": form, "chunk_bytes": 5 * V * 4}
+    teachers = [TeacherRows(EVERYTHING, given)]
+    got = terms(hidden, weight, labels, teachers, divergence, temperature, **settings)
+    silent = [TeacherRows(EVERYTHING, given, weight=0.0)]
+    labels_only = terms(hidden, weight, labels, silent, divergence, temperature, 1.0, **settings)
     student_logits = hidden @ weight.T
     live = full_divergence(
         divergence,
         (logits / temperature).log_softmax(1).float(),
         (student_logits / temperature).log_softmax(1),
     )
-    assert_same_loss(got.divergence[0], live, (hidden, weight))
-    assert_same_loss(got.cross_entropy, F.cross_entropy(student_logits, labels, reduction="none"), (hidden, weight))
+    torch.testing.assert_close(got.divergence[0], live.detach(), rtol=1e-5, atol=1e-5)
+    assert_same_loss(got.loss, live, (hidden, weight))
+    cross_entropy = F.cross_entropy(student_logits, labels, reduction="none")
+    torch.testing.assert_close(got.cross_entropy, cross_entropy.detach(), rtol=1e-5, atol=1e-5)
+    assert_same_loss(labels_only.loss, cross_entropy, (hidden, weight))
     torch.testing.assert_close(got.diagnostics[0].teacher_kept, torch.ones(M))
     torch.testing.assert_close(got.diagnostics[0].student_kept, torch.ones(M))
 
@@ -146,8 +156,8 @@ def test_tails_equal_the_vocabulary_summed_by_hand(divergence, temperature, bloc
         tails = [rest[:, a:b].logsumexp(1, keepdim=True) for a, b in pairwise(edges)]
         sides.append(torch.cat([log.gather(1, given.ids), *tails], 1))
     want = temperature**2 * full_divergence(divergence, *sides)
-    torch.testing.assert_close(got.divergence[0].double(), want, rtol=1e-5, atol=1e-5)
-    gradients = torch.autograd.grad(got.divergence[0].sum(), (hidden, weight))
+    torch.testing.assert_close(got.divergence[0].double(), want.detach(), rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(got.loss, (hidden, weight))
     for a, b in zip(gradients, torch.autograd.grad(want.sum(), exact), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
@@ -157,19 +167,21 @@ def test_tails_equal_the_vocabulary_summed_by_hand(divergence, temperature, bloc
     assert (want <= temperature**2 * full + 1e-9).all(), "a lower bound of the divergence over the vocabulary"
 
 
+@pytest.mark.parametrize("form", ["chunked", "in_forward"])
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
-def test_gradcheck(divergence):
+def test_gradcheck(divergence, form):
     hidden, weight, labels = student(dtype=torch.float64)
     labels[2] = -1
     blocks = (0, 4, 20)
+    tokens = torch.rand(8, generator=torch.Generator().manual_seed(1))
     teachers = [
-        TeacherRows(slice(0, 8), cache(teacher_logits(8), 5, (1.0, 2.0), blocks)),
-        TeacherRows(slice(4, 12), cache(teacher_logits(8, 3), 3, (2.0, 1.0), blocks)),
+        TeacherRows(slice(0, 8), cache(teacher_logits(8), 5, (1.0, 2.0), blocks), 0.7, tokens),
+        TeacherRows(slice(4, 12), cache(teacher_logits(8, 3), 3, (2.0, 1.0), blocks), 1.3),
     ]
+    settings = {"blocks": blocks, "z_loss": 0.01, "softcap": 9.0, "logit_scale": 0.9, "chunk_bytes": 5 * V * 24}
 
     def run(h, w):
-        got = terms(h, w, labels, teachers, divergence, 2.0, blocks=blocks, z_loss=0.01, softcap=9.0, logit_scale=0.9)
-        return got.cross_entropy, *(x.double() for x in got.divergence)
+        return terms(h, w, labels, teachers, divergence, 2.0, 0.5, form=form, **settings).loss
 
     leaves = (hidden[:, :4].detach().requires_grad_(), weight[:, :4].detach().requires_grad_())
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
@@ -185,7 +197,7 @@ def test_teachers_with_almost_nothing_left(divergence, tail, k):
     ids = torch.arange(k).expand(M, k).contiguous()
     given = Distribution(ids, p.log().float(), torch.full((M, 1), 3.0), torch.full((M, 1, 1), tail).log(), (1.0,))
     got = terms(hidden, weight, labels, [TeacherRows(EVERYTHING, given)], divergence)
-    gradients = torch.autograd.grad(got.divergence[0].sum(), (hidden, weight))
+    gradients = torch.autograd.grad(got.loss, (hidden, weight))
     assert got.divergence[0].isfinite().all() and (got.divergence[0] >= 0).all()
     assert all(g.isfinite().all() for g in gradients)
 
@@ -201,20 +213,21 @@ def test_left_out_ids_are_left_out_on_both_sides():
     logits[:, list(masked)] = -torch.inf
     for k in (6, V):
         given = cache(logits, k)
-        got = terms(hidden, weight, labels, [TeacherRows(EVERYTHING, given)], valid_vocab=valid, masked_ids=masked)
+        teachers = [TeacherRows(EVERYTHING, given)]
+        got = terms(hidden, weight, labels, teachers, valid_vocab=valid, masked_ids=masked, label_weight=1.0)
         renumber = torch.full((V + 1,), -1)
         renumber[keep] = torch.arange(len(keep))
         smaller = Distribution(renumber[given.ids], given.logprob, given.log_z, given.log_tail, (1.0,))
         want = terms(hidden, weight[keep], renumber[labels], [TeacherRows(EVERYTHING, smaller)])
         torch.testing.assert_close(got.divergence[0], want.divergence[0])
         torch.testing.assert_close(got.cross_entropy, want.cross_entropy)
-        (gradient,) = torch.autograd.grad(got.divergence[0].sum() + got.cross_entropy.sum(), weight)
+        (gradient,) = torch.autograd.grad(got.loss, weight)
         assert (gradient[valid:] == 0).all() and (gradient[list(masked)] == 0).all()
         live = full_divergence(
             KINDS[2], logits[:, keep].log_softmax(1).float(), (hidden @ weight[keep].T).log_softmax(1)
         )
         if k == V:
-            torch.testing.assert_close(got.divergence[0], live, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.divergence[0], live.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_one_pass_for_labels_lens_rows_and_both_teachers(monkeypatch):
@@ -228,8 +241,8 @@ def test_one_pass_for_labels_lens_rows_and_both_teachers(monkeypatch):
         seen.append(args[2])
         return original(*args, **kwargs)
 
-    original = losses.linear_logsumexp_gather
-    monkeypatch.setattr(losses, "linear_logsumexp_gather", recorded)
+    original = joint.linear_loss
+    monkeypatch.setattr(joint, "linear_loss", recorded)
     got = terms(hidden, weight, labels, teachers)
     assert len(seen) == 1 and seen[0].shape == (M, 1 + 4 + 5), "lens rows share the columns of the top"
     assert [len(x) for x in got.divergence] == [6, 6, 4]
@@ -256,7 +269,7 @@ def test_rows_that_are_not_valid():
     torch.testing.assert_close(got.divergence[0], torch.where(valid, want.divergence[0], 0.0))
     assert (got.diagnostics[0].agreement[~valid] == 0).all()
     assert (got.diagnostics[0].teacher_kept[~valid] == 0).all() and (got.diagnostics[0].student_kept[~valid] == 0).all()
-    (gradient,) = torch.autograd.grad(got.divergence[0].sum(), hidden)
+    (gradient,) = torch.autograd.grad(got.loss, hidden)
     assert gradient.isfinite().all() and (gradient[~valid] == 0).all() and (gradient[valid] != 0).any()
 
 
@@ -285,17 +298,85 @@ def test_diagnostics():
     assert not same.student_kept.requires_grad
 
 
-def test_without_teachers_and_without_rows():
+@pytest.mark.parametrize("form", FORMS)
+def test_without_teachers_and_without_rows(form):
     hidden, weight, labels = student()
-    got = terms(hidden, weight, labels, [], temperature=2.0)
+    got = terms(hidden, weight, labels, [], temperature=2.0, form=form)
     want = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    torch.testing.assert_close(got.cross_entropy, want)
+    torch.testing.assert_close(got.cross_entropy, want.detach())
     assert got.divergence == ()
     nothing = cache(teacher_logits(0), 4)
-    got = terms(hidden[:0], weight, labels[:0], [TeacherRows(slice(0, 0), nothing)])
+    got = terms(hidden[:0], weight, labels[:0], [TeacherRows(slice(0, 0), nothing)], form=form)
     assert got.cross_entropy.shape == got.divergence[0].shape == (0,)
-    (got.cross_entropy.sum() + got.divergence[0].sum()).backward()
-    assert weight.grad is not None and (weight.grad == 0).all()
+    got.loss.backward()
+    assert float(got.loss.detach()) == 0 and weight.grad is not None and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_normalizer_makes_micro_batches_one_big_batch(form):
+    """Weights by token, divided once by their sum over the whole batch, give the same loss however rows are cut."""
+    hidden, weight, labels = student(dtype=torch.float64)
+    given, tokens = cache(teacher_logits(), 5), torch.rand(M, generator=torch.Generator().manual_seed(2))
+    tokens[3] = 0.0
+    total = float(tokens.sum())
+
+    def loss(rows):
+        teacher = TeacherRows(slice(None), given.of_rows(rows), 0.8 / total, tokens[rows])
+        settings = {"label_weight": 0.5 / total, "label_token_weights": tokens[rows], "form": form}
+        return terms(hidden[rows], weight, labels[rows], [teacher], KINDS[2], **settings).loss
+
+    whole = loss(slice(0, M))
+    parts = [loss(slice(0, 1)), loss(slice(1, 9)), loss(slice(9, M))]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+    want = torch.autograd.grad(whole, (hidden, weight))
+    got = [torch.autograd.grad(part, (hidden, weight)) for part in parts]
+    for index in range(2):
+        torch.testing.assert_close(sum(g[index] for g in got), want[index])
+    assert (want[0][3] == 0).all(), "a row of weight 0 is masked"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_masked_row_may_hold_anything(form):
+    """Infinite values in rows of weight 0 reach neither loss nor gradient of the others."""
+    hidden, weight, labels = student()
+    labels = labels.where(labels != 3, 4)
+    labels[2] = 3
+    given, tokens = cache(teacher_logits(), 5), torch.ones(M)
+    tokens[2] = 0.0
+    got = terms(hidden, weight, labels, [], label_weight=1.0, label_token_weights=tokens, masked_ids=(3,), form=form)
+    assert got.cross_entropy[2] == torch.inf and got.loss.isfinite()
+    teacher = TeacherRows(EVERYTHING, given, token_weights=tokens)
+    got = terms(hidden, weight, labels, [teacher], form=form)
+    (gradient,) = torch.autograd.grad(got.loss, hidden)
+    assert (gradient[2] == 0).all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_sampled_cross_entropy(form, temperature):
+    """Draws as the whole tail, each as often as its probability says: the full forward cross-entropy."""
+    hidden, weight, labels = student()
+    logits = teacher_logits()
+    given = cache(logits, 5, (1.0, 2.0))
+    log_p = (logits / temperature).log_softmax(1)
+    log_q = (hidden @ weight.T / temperature).log_softmax(1)
+    draws = torch.stack([torch.multinomial(log_p.scatter(1, given.ids, -torch.inf).exp(), 400, True)] * 2, 1)
+    drawn = Distribution(given.ids, given.logprob, given.log_z, given.log_tail, given.temperatures, draws=draws)
+    teachers = [TeacherRows(EVERYTHING, drawn)]
+    got = terms(hidden, weight, labels, teachers, Divergence("sampled_ce"), temperature, form=form)
+    tail = log_p.scatter(1, given.ids, -torch.inf).exp().sum(1)
+    kept = (log_p.gather(1, given.ids).exp() * log_q.gather(1, given.ids)).sum(1)
+    want = -(kept + tail / 400 * log_q.gather(1, draws[:, 0]).sum(1))
+    assert_same_loss(got.loss, want.float(), (hidden, weight), 2e-5)
+    full = -(log_p.exp() * log_q).sum(1).detach()
+    assert float((got.divergence[0] - full).abs().max()) < 0.2 and float((got.divergence[0] - full).mean().abs()) < 0.03
+
+
+def test_sampled_cross_entropy_needs_draws():
+    hidden, weight, labels = student()
+    teachers = [TeacherRows(EVERYTHING, cache(teacher_logits(), 4))]
+    with pytest.raises(KdpipeError, match=r"Set `teachers.draws`"):
+        terms(hidden, weight, labels, teachers, Divergence("sampled_ce"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.stages.train.losses import Projection, hidden_loss
+from kdpipe.stages.train.losses import Projection, StoredStates
+from kdpipe.stages.train.losses import hidden_loss as loss_of
+
+KINDS = ["cosine", "mse", "smooth_l1"]
+
+
+def hidden_loss(student, teacher, projection, kind, **settings):
+    stored = teacher if isinstance(teacher, StoredStates) else StoredStates(teacher)
+    return loss_of(student, stored, projection, kind, **settings)
 
 
 def states(rows=11, width=6, seed=0):
@@ -31,7 +39,7 @@ def test_mse_is_in_units_of_the_teacher():
     torch.testing.assert_close(hidden_loss(torch.zeros(11, 6), teacher, None, "mse"), torch.ones(11), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "mse"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_chunks_change_nothing(kind):
     student, teacher = states(width=6).requires_grad_(), states(width=4, seed=1)
     projection = Projection(6, 4, torch.Generator().manual_seed(2))
@@ -58,7 +66,7 @@ def test_gradients_reach_student_and_projection_only():
     assert teacher.grad is None
 
 
-@pytest.mark.parametrize("kind", ["cosine", "mse"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_stored_dtypes(kind):
     student, teacher = states(), states(seed=1)
     exact = hidden_loss(student, teacher, None, kind)
@@ -66,13 +74,39 @@ def test_stored_dtypes(kind):
     scale = teacher.abs().amax(1) / 127
     codes = (teacher / scale[:, None]).round().to(torch.int8)
     want = hidden_loss(student, codes.float() * scale[:, None], None, kind)
-    for shape in ((11,), (11, 1)):
-        got = hidden_loss(student, codes, None, kind, scale_N=scale.half().reshape(shape), chunk_rows=4)
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    got = hidden_loss(student, StoredStates(codes, scale.half()), None, kind, chunk_rows=4)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(want, exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "mse"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_rank_states(kind):
+    """Codes in a basis, with a mean, alone and as int8: as if they had been decoded before."""
+    student, codes, basis, mean = states(), states(width=3, seed=1), states(3, 6, seed=2), states(1, 6, seed=3)[0]
+    want = hidden_loss(student, codes @ basis + mean, None, kind)
+    torch.testing.assert_close(hidden_loss(student, StoredStates(codes, None, basis, mean), None, kind), want)
+    scale = codes.abs().amax(1) / 127
+    small = (codes / scale[:, None]).round().to(torch.int8)
+    want = hidden_loss(student, (small.float() * scale[:, None]) @ basis + mean, None, kind)
+    stored = StoredStates(small, scale, basis, mean)
+    torch.testing.assert_close(hidden_loss(student, stored, None, kind, chunk_rows=4), want)
+    halves = StoredStates.joined([StoredStates(small[a:b], scale[a:b], basis, mean) for a, b in ((0, 4), (4, 11))])
+    torch.testing.assert_close(hidden_loss(student, halves, None, kind), want)
+
+
+def test_smooth_l1_by_hand():
+    """Squared below the teacher's own root mean square, linear beyond: one huge dimension does not rule."""
+    teacher = torch.tensor([[1.0, -1.0, 1.0, 1.0]])
+    student = teacher + torch.tensor([[0.5, 0.0, -3.0, 0.0]])
+    got = hidden_loss(student, teacher, None, "smooth_l1")
+    torch.testing.assert_close(got, torch.tensor([(0.125 + 2.5) / 4]), rtol=1e-4, atol=0)
+    for unit in (1e-2, 100.0):
+        torch.testing.assert_close(
+            hidden_loss(unit * student, unit * teacher, None, "smooth_l1"), got, rtol=1e-2, atol=0
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zero_states_stay_finite(kind):
     student = torch.zeros(2, 6, requires_grad=True)
     loss = hidden_loss(student, states(2), None, kind)
@@ -119,12 +153,15 @@ def test_no_float_copy_of_all_states():
 @pytest.mark.parametrize(
     ("message", "teacher", "kind"),
     [
-        ("not one of cosine, mse", states(), "l1"),
-        ("11 student states stand against 3", states(3), "mse"),
-        ("a projection is needed", states(width=4), "mse"),
-        ("scale for each row is missing", torch.zeros(11, 6, dtype=torch.int8), "cosine"),
+        ("not one of cosine, mse, smooth_l1", lambda: StoredStates(states()), "l1"),
+        ("11 student states stand against 3", lambda: StoredStates(states(3)), "mse"),
+        ("a projection is needed", lambda: StoredStates(states(width=4)), "mse"),
+        ("scale for each row is missing", lambda: StoredStates(torch.zeros(11, 6, dtype=torch.int8)), "cosine"),
+        ("scale of teacher states is", lambda: StoredStates(states(), torch.ones(3)), "cosine"),
+        ("basis of teacher states is", lambda: StoredStates(states(), None, states(3, 6)), "cosine"),
+        ("mean of teacher states is", lambda: StoredStates(states(), None, None, torch.ones(5)), "cosine"),
     ],
 )
 def test_bad_arguments(message, teacher, kind):
     with pytest.raises(KdpipeError, match=message):
-        hidden_loss(states(), teacher, None, kind)
+        hidden_loss(states(), teacher(), None, kind)

@@ -267,7 +267,10 @@ BAD = {
     "end below valid_vocab 6": {"blocks": (0, 6), "valid_vocab": 6},
     "masked ids": {"masked_ids": (9,)},
     "every id": {"masked_ids": range(9)},
-    "form 'triton'": {"form": "triton"},
+    "form 'triton' runs on CUDA": {"form": "triton"},
+    "form 'in_forward' needs the loss": {"form": "in_forward"},
+    "form 'fast' of the output head": {"form": "fast"},
+    "softcap 0": {"softcap": 0.0},
 }
 
 
