@@ -142,7 +142,10 @@ class Fingerprints:
         for path in paths:
             seen = self._seen.get(str(path))
             try:
-                if seen is not None and self._stat(path) != seen[:4] and digest_file(path) != seen[4]:
+                if seen is None or self._stat(path) == seen[:4]:
+                    continue
+                # A named pipe that took the file's place would be waited for, for ever.
+                if not os.path.isfile(path) or digest_file(path) != seen[4]:
                     moved.append(path)
             except OSError:
                 moved.append(path)

@@ -20,6 +20,7 @@ from kdpipe.pipeline.strict_yaml import Node, parse, plain
 from kdpipe.stages import config as schema
 from kdpipe.stages.config import Config
 from kdpipe.stages.models.prompt import unknown_fields
+from kdpipe.stages.train.terms import NO_DRAWS
 
 _PROMPT_FIELDS = {
     "student.prompt": ("question", "choices"),
@@ -168,13 +169,17 @@ def _bind_section(kind: type, node: Node, key: str, name: str, problems: list[st
     return kind(**values) if len(problems) == before else None
 
 
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 def _out_of_bounds(field: dataclasses.Field[Any], value: Any, at: str) -> list[str]:
     low, high = field.metadata.get("low"), field.metadata.get("high")
     if not isinstance(value, int | float) or isinstance(value, bool):
         return []
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-        return [f"{at}: {value:g} is out of range; it must be {bounds}"]
+        bounds = f"at least {_number(low)}" if high is None else f"from {_number(low)} to {_number(high)}"
+        return [f"{at}: {_number(value)} is out of range; it must be {bounds}"]
     return []
 
 
@@ -207,6 +212,8 @@ def _relations(config: Config) -> list[str]:
             f"train.temperature {train.temperature:g} is not cached; add it to teachers.temperatures "
             f"({', '.join(f'{t:g}' for t in sorted(temperatures))})"
         )
+    if train.divergence == "sampled_ce" and not teachers.draws:
+        problems.append(NO_DRAWS)
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         problems.append("train.betas: give two numbers, each at least 0 and below 1")
     if not any(dataclasses.astuple(train.weights)):

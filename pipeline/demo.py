@@ -19,6 +19,7 @@ import click
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import build_aside, move_into_place
 from kdpipe.pipeline.runner import Request, bring_up_to_date
+from kdpipe.pipeline.unforeseen import unforeseen
 from kdpipe.pipeline.worker import QUIET
 from kdpipe.stages.miniature import world
 
@@ -152,4 +153,7 @@ def _make_models(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _make_models(Path(sys.argv[1]))
+    try:
+        _make_models(Path(sys.argv[1]))
+    except Exception as error:
+        sys.exit(f"Error: demo: {unforeseen(error)}")

@@ -38,6 +38,14 @@ for _tag, _pattern in _PLAIN.items():
     _Loader.add_implicit_resolver(_tag, _pattern, None)
 
 
+def _is_plain(tag: str, text: str) -> bool:
+    """Whether a scalar is what its tag says by YAML 1.2; PyYAML builds `!!int 010` and `!!bool yes` by 1.1."""
+    patterns = [_PLAIN[tag]] if tag in _PLAIN else []
+    if tag.endswith(":float"):
+        patterns.append(_PLAIN["tag:yaml.org,2002:int"])
+    return not patterns or any(pattern.match(text) for pattern in patterns)
+
+
 @dataclass(frozen=True)
 class Node:
     """A value with its place.
@@ -113,6 +121,9 @@ class _Reader:
             return Node(None, place)
         if id(node) in above:
             self.problems.append(f"{self.name}:{place}: an alias refers to itself")
+            return Node(None, place)
+        if isinstance(node, yaml.ScalarNode) and not _is_plain(node.tag, node.value):
+            self.problems.append(f"{self.name}:{place}: not valid YAML: {node.value[:40]!r} is not a {node.tag[18:]}")
             return Node(None, place)
         above = (*above, id(node))
         if isinstance(node, yaml.MappingNode):

@@ -11,7 +11,10 @@ def unforeseen(error: Exception) -> str:
     """One sentence for the user; the traceback goes to a file that the sentence names."""
     first = (str(error).splitlines() or [""])[0][:300]
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="kdpipe-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        # Names of files that are no UTF-8 come with lone surrogates.
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="kdpipe-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
             file.write("".join(traceback.format_exception(error)))
         where = f"The traceback is in {Path(file.name)}."
     except OSError:

@@ -25,7 +25,7 @@ def watch(mark: str) -> subprocess.Popen[bytes]:
     """Starts a watcher that ends all processes of `mark` once the calling process is gone."""
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     # The parent may be gone before the watcher could ask for its id.
-    command = [sys.executable, "-m", __name__, mark, str(os.getpid())]
+    command = [sys.executable, "-P", "-m", __name__, mark, str(os.getpid())]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
 
 

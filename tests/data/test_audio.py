@@ -232,6 +232,23 @@ def test_not_finite(value):
     assert rejection(encode(both, subtype="FLOAT")).reason == "audio_not_finite"
 
 
+@pytest.mark.parametrize("peak", [101.0, -32_768.0, 1e30])
+def test_a_peak_that_no_sound_has(peak):
+    """Integers written as floats, say: kept, they would drown whatever is normalized with them."""
+    samples = noise(1.0)
+    samples[1000] = peak
+    error = rejection(encode(samples, subtype="FLOAT"))
+    assert error.reason == "audio_out_of_range"
+    assert f"its peak is {abs(peak):.1e} of full scale" in error.detail
+
+
+def test_a_loud_clip_is_kept():
+    loud = tone(rate=RATE, peak=99.0)
+    assert np.array_equal(heard(encode(loud, RATE, subtype="FLOAT")), loud)
+    early = np.concatenate((tone(rate=RATE), np.full(RATE, 1e6, np.float32)))
+    assert len(heard(encode(early, RATE, subtype="FLOAT"), end=1.0)) == RATE, "what is not asked for does not count"
+
+
 @pytest.mark.parametrize(("form", "subtype", "rate"), FORMATS)
 def test_random_damage_never_escapes_as_another_error(form, subtype, rate):
     data = encode(noise(0.3, rate), rate, form, subtype)

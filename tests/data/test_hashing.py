@@ -274,3 +274,26 @@ def test_two_runs_may_save_to_one_memory(tmp_path: Path):
     with sqlite3.connect(memory) as connection:
         assert connection.execute("SELECT path FROM prints ORDER BY path").fetchall() == [("0.wav",), ("1.wav",)]
     connection.close()
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path):
+    """Reading a named pipe would wait for a writer, for ever."""
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "folder.wav").mkdir()
+    prints = Fingerprints(tmp_path / "tmp" / "prints.sqlite")
+    for name in ("pipe.wav", "folder.wav", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            prints.file(tmp_path / name)
+    assert prints.changed([tmp_path / "pipe.wav"]) == []
+
+
+@pytest.mark.timeout(20)
+def test_a_clip_that_became_a_pipe_has_changed(tmp_path: Path):
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(b"sound")
+    prints = Fingerprints()
+    prints.file(clip)
+    clip.unlink()
+    os.mkfifo(clip)
+    assert prints.changed([clip]) == [clip]

@@ -11,7 +11,8 @@ import soundfile
 
 from kdpipe.data.errors import ConfigError, RejectBudgetError, StaleError
 from kdpipe.pipeline.plan import make_plans, status_of
-from kdpipe.pipeline.runner import Request, StageFailed, bring_up_to_date
+from kdpipe.pipeline.runner import Request, StageFailed, _check_budget, bring_up_to_date
+from kdpipe.stages.base import StagePlan, Wanted
 
 TRACE = (
     "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A tone.</CAPTION><REASONING>One tone.</REASONING>"
@@ -131,3 +132,26 @@ def test_a_failing_stage_is_reported_once(tmp_path, family, capfd):
     assert caught.value.code == 2
     error = capfd.readouterr().err
     assert part.name in error and "Traceback" not in error
+
+
+def test_a_student_needs_at_least_one_sample(tmp_path, family):
+    request = build(tmp_path, family, bad=4, budget=1.0)
+    with pytest.raises(RejectBudgetError, match=r"train: no sample is left, all were rejected upstream.*textualize"):
+        bring_up_to_date(request, "train")
+    assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize(("rejected", "total", "budget"), [(29, 100, 0.29), (57, 100, 0.57), (3, 30, 0.1), (0, 4, 0.0)])
+def test_a_budget_that_is_just_reached_is_kept(tmp_path, family, rejected: int, total: int, budget: float):
+    """0.29 * 100 is 28.999999999999996 in binary."""
+    ctx = Request(build(tmp_path, family, budget=budget).config_file).context()
+    wants = [Wanted(f"s{number}", "trace", {}) for number in range(total)]
+
+    def plan(count: int) -> StagePlan:
+        bad = frozenset((want.id, want.source) for want in wants[:count])
+        good = frozenset((want.id, want.source) for want in wants[count:])
+        return StagePlan("textualize", wants, good, bad, [], [], ctx.ledger("textualize"))
+
+    _check_budget(ctx, plan(rejected))
+    with pytest.raises(RejectBudgetError, match=f"{rejected + 1} of {total} samples were rejected"):
+        _check_budget(ctx, plan(rejected + 1))

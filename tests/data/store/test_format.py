@@ -32,6 +32,7 @@ def test_a_distribution_has_four_arrays():
         ArraySpec("top/log_tail", (2, 16), "float32"),
     )
     assert sum(spec.row_bytes for spec in distribution_specs("top", 64, 1, 1, "float16")) == 392
+    assert distribution_specs("top", 64, 2, 1, "float16", draws=16)[4:] == (ArraySpec("top/draws", (2, 16), "uint32"),)
 
 
 def test_int8_states_bring_a_scale_a_token():
@@ -56,6 +57,8 @@ def test_wrong_specifications_are_refused():
         ArraySpec("a", (0,), "int8")
     with pytest.raises(ValueError, match="lack 1"):
         distribution_attributes(k=4, temperatures=[2.0], block_bounds=[0, 5])
+    drawn = distribution_attributes(k=4, temperatures=[1.0], block_bounds=[0, 5], draws={"count": 3, "k": 2})
+    assert drawn["distributions"]["draws"] == {"count": 3, "k": 2}
     for bounds in ([0], [1, 5], [0, 5, 5]):
         with pytest.raises(ValueError, match="do not rise from 0"):
             distribution_attributes(k=4, temperatures=[1.0], block_bounds=bounds)

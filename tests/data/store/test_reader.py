@@ -13,7 +13,16 @@ import torch
 from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Ledger, Row
 from kdpipe.data.store.codec import decode_states, encode_states
-from kdpipe.data.store.format import ArraySpec, hidden_attributes, hidden_specs, lens_prefix, under
+from kdpipe.data.store.format import (
+    NO_ID,
+    ArraySpec,
+    distribution_attributes,
+    distribution_specs,
+    hidden_attributes,
+    hidden_specs,
+    lens_prefix,
+    under,
+)
 from kdpipe.data.store.metadata import part_rows
 from kdpipe.data.store.reader import PartReader, Store
 from kdpipe.data.store.writer import PartWriter
@@ -105,6 +114,35 @@ def test_what_was_not_cached_is_refused_with_what_was(world: World):
         part.distribution(0, lens_prefix(8))
     with pytest.raises(StoreError, match=r"holds no hidden states of layer 4; it has \[3\]"):
         part.hidden(0, 4)
+
+
+def test_draws_belong_to_the_k_they_were_made_for(tmp_path: Path):
+    world = make_world(tmp_path / "a.zarr", [4])
+    drawn = np.random.default_rng(0).integers(0, VOCABULARY, (4, 3, 5), dtype=np.uint32)
+    drawn[2, 1] = NO_ID
+    shape = (12, len(TEMPERATURES), len(BOUNDS) - 1, "float32")
+    writer = PartWriter(
+        tmp_path / "b.zarr",
+        source="textual",
+        arrays=distribution_specs("top", *shape, draws=5),  # type: ignore[arg-type]
+        attributes=distribution_attributes(
+            k=12, temperatures=TEMPERATURES, block_bounds=BOUNDS, draws={"count": 5, "k": 8}
+        ),
+    )
+    writer.append("s0", "k", {**under("top", bucketed(world.logits["s0"], 12)), "top/draws": drawn})
+    writer.close()
+    part = PartReader(tmp_path / "b.zarr")
+    found = part.distribution(0, "top", k=8, temperatures=[0.5, 2.0], draws=True)
+    expected = np.where(drawn == NO_ID, -1, drawn.astype(np.int64))[:, [2, 1]]
+    assert found.draws is not None and found.draws.dtype == np.int64
+    np.testing.assert_array_equal(found.draws, expected)
+    assert (found.draws[2, 1] == -1).all() and found.ids.shape == (4, 8)
+    assert part.distribution(0, "top", k=8).draws is None and part.distribution(0, "top", k=3).draws is None
+    for k in (7, 12, None):
+        with pytest.raises(StoreError, match=r"its draws are from the tails that k = 8 leaves; k = \d+ was asked"):
+            part.distribution(0, "top", k=k, draws=True)
+    with pytest.raises(StoreError, match=r"holds no draws from the tails. Set `teachers.draws`"):
+        PartReader(world.path).distribution(0, "top", draws=True)
 
 
 def test_a_vocabulary_smaller_than_k_serves_what_there_is(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -126,3 +127,71 @@ def test_assemble_writes_what_the_ledger_holds_of_the_split(ctx):
     (folder / "scores.json").unlink()
     assert not assembled(ctx)
     assert assemble(ctx) == scores
+
+
+@pytest.fixture
+def done(ctx):
+    """Results of samples a and b; c was rejected."""
+    commit(ctx, [record(name, source, True) for source in ("base", "student") for name in "ab"], [("c", "base")])
+    assemble(ctx)
+    assert assembled(ctx)
+    return ctx
+
+
+def again(ctx: Context, **changes: Any) -> Context:
+    """The run as the next command sees it."""
+    return Context(dataclasses.replace(ctx.config, **changes), ctx.base, ctx.say)
+
+
+def test_results_name_what_they_were_made_from(done):
+    scores = json.loads((done.folder("evaluate") / "scores.json").read_text())
+    assert len(scores["made_from"]) == 32
+    assert assembled(again(done)), "another process comes to the same digest"
+
+
+def test_results_are_not_those_of_new_answers(done):
+    want = Wanted("a", "student", {"x": "another model"})
+    parts = Parts(done, "evaluate", [want], size=1, to_table=to_table)
+    parts.done(want, record("a", "student", False) | {"key": want.key}, tokens=1, content="d")
+    assert not assembled(done)
+    assert assemble(done)["student"]["correct"] == 1
+    assert assembled(done)
+
+
+def test_results_are_not_those_of_new_rejections(done):
+    commit(done, [], [("c", "student")])
+    assert not assembled(done)
+    assert assemble(done)["student"]["rejected"] == 1
+
+
+@pytest.mark.parametrize("change", [{"task": "parity"}, {"split": "train"}, {"id": "d"}])
+def test_results_are_not_those_of_another_manifest(done, change):
+    manifest = done.base / "manifest.jsonl"
+    first, *others = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([json.dumps(json.loads(first) | change), *others]) + "\n")
+    assert not assembled(again(done))
+
+
+def test_results_are_not_those_of_another_split_or_of_fewer_models(done):
+    config = done.config
+    assert not assembled(again(done, data=dataclasses.replace(config.data, eval_split="train")))
+    manifest = done.base / "manifest.jsonl"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"test"', '"dev"'))
+    assert not assembled(again(done, data=dataclasses.replace(config.data, eval_split="dev"))), "the same by a new name"
+    manifest.write_text(text)
+    student_alone = again(done, evaluate=dataclasses.replace(config.evaluate, base=False))
+    assert not assembled(student_alone)
+    assert "base" not in assemble(student_alone) and assembled(student_alone) and not assembled(done)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"split": "test"}', "\xff"])
+def test_scores_that_cannot_be_read_or_tell_no_origin_are_made_again(done, text):
+    file = done.folder("evaluate") / "scores.json"
+    good = file.read_bytes()
+    file.write_bytes(text.encode("latin-1"))
+    assert not assembled(done)
+    assemble(done)
+    assert file.read_bytes() == good and assembled(done)
+    (done.folder("evaluate") / "predictions.parquet").unlink()
+    assert not assembled(done)

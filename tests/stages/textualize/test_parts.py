@@ -97,6 +97,20 @@ def test_a_clip_that_changed_meanwhile_stops_the_commit(ctx):
     assert not list(ctx.ledger("textualize").rows())
 
 
+def test_a_rejection_of_a_clip_that_changed_meanwhile_is_not_recorded(ctx):
+    """It would stand against the new bytes' sample though nobody heard them; the good ones wait with it."""
+    todo = wants("a", "b")
+    clip = ctx.base / "1.wav"
+    ctx.prints.file(clip)
+    parts = make(ctx, todo, 2)
+    finish(parts, todo[0])
+    clip.write_bytes(b"RIFF and more")
+    with pytest.raises(KdpipeError, match=r"1\.wav: changed while the stage was running"):
+        parts.reject(todo[1], Rejected("audio_truncated", "cut"))
+    ledger = ctx.ledger("textualize")
+    assert not list(ledger.rows()) and not list(ledger.rejects())
+
+
 def test_a_damaged_part_is_named(ctx):
     todo = wants("a")
     finish(make(ctx, todo, 1), todo[0])
