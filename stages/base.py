@@ -44,11 +44,14 @@ class Wanted:
 
 
 def covers(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether what is stored serves what is asked: numbers at least as large, lists a superset."""
+    """Whether what is stored serves what is asked: numbers at least as large, lists a superset, mappings the same."""
     for name, value in asked.items():
         have = stored.get(name)
         if isinstance(value, list | tuple):
             if have is None or not set(value) <= set(have):
+                return False
+        elif isinstance(value, Mapping):
+            if have != value:
                 return False
         elif have is None or have < value:
             return False

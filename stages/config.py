@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
+Distance = Literal["cosine", "mse", "smooth_l1"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "sampled_ce"]
 
 
 def execution(default: Any = dataclasses.MISSING) -> Any:
@@ -173,7 +174,7 @@ class LayersConfig:
     """Student layer to teacher layer, counted from 1."""
     match: Literal["lens", "hidden"] = "lens"
     """lens: through each model's own final norm and output head; hidden: learned projection, then `distance`."""
-    distance: Literal["cosine", "mse"] = "cosine"
+    distance: Distance = "cosine"
     """Distance of projected hidden states (also of the acoustic states)."""
 
 
@@ -209,6 +210,8 @@ class TeachersConfig:
     acoustic: AcousticTeacherConfig = AcousticTeacherConfig()
     k: int = bounded(64, 1)
     """Entries kept of each distribution; the rest is its exact tail."""
+    draws: int = bounded(0, 0)
+    """Ids drawn from the tail of each distribution, for the divergence `sampled_ce`; 0: none."""
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures at which distributions can be used in training; 1 is always among them."""
     tail_blocks: int = bounded(1, 1)
@@ -251,13 +254,17 @@ class TrainConfig:
 
     weights: WeightsConfig = WeightsConfig()
     divergence: Divergence = "jsd"
-    """Divergence between teacher and student distributions."""
+    """Divergence between teacher and student distributions; `sampled_ce` needs `teachers.draws`."""
     beta: float = bounded(0.5, 0.0, 1.0)
     """Mixture weight of `jsd` (0.5: the symmetric one of the paper)."""
+    alpha: float = bounded(0.1, 0.0, 0.99)
+    """Skew of `skew_kl` and `skew_reverse_kl`."""
     temperature: float = bounded(1.0, 0.01)
     """Softmax temperature of both; must be one of `teachers.temperatures`."""
     scale_by_temperature_squared: bool = True
     """Multiply divergences by temperature^2, so that gradients keep their size (Hinton et al., 2015)."""
+    z_loss: float = bounded(0.0, 0.0)
+    """Weight of the squared log-sum-exp in the cross-entropy, which keeps logits from drifting (PaLM: 1e-4)."""
     epochs: int = bounded(3, 1)
     """Passes over the samples."""
     max_steps: int | None = bounded(None, 1)
@@ -292,6 +299,8 @@ class TrainConfig:
     """Optimizer steps between lines in metrics.jsonl."""
     device: Device = execution("auto")
     """auto: a GPU where there is one."""
+    head_form: Literal["auto", "reference", "chunked", "triton", "in_forward"] = execution("auto")
+    """How the output head and its losses are computed (docs/losses.md); auto: what measured fastest on the device."""
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, more time."""
 

@@ -5,8 +5,8 @@ A part is a Zarr v3 group. Every array of it is ragged and lies flat, `[tokens, 
 
 Array names:
     `target_ids`: uint32 [T], the tokenized response.
-    `<prefix>/ids`, `<prefix>/logprob`, `<prefix>/log_z`, `<prefix>/log_tail`: a distribution, where the prefix is `top`
-        or `lens/<teacher layer>`.
+    `<prefix>/ids`, `<prefix>/logprob`, `<prefix>/log_z`, `<prefix>/log_tail`, and `<prefix>/draws` where ids were drawn
+        from the tail: a distribution, where the prefix is `top` or `lens/<teacher layer>`.
     `hidden/<layer>/states`, and `hidden/<layer>/scale` where the codec has scales: hidden states.
 
 Layers are counted from 1 and written with at least two digits.
@@ -28,6 +28,9 @@ ATTRIBUTE = "kdpipe"
 
 RESERVED = frozenset({"format", "source", "units", "arrays", "metadata"})
 """Entries of that attribute which the writer makes itself."""
+
+NO_ID = 2**32 - 1
+"""Stands for a draw from an empty tail."""
 
 OFFSETS = "offsets"
 TARGET_IDS = "target_ids"
@@ -103,7 +106,13 @@ def under(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def distribution_specs(
-    prefix: str, k: int, n_temperatures: int, blocks: int, logprob_dtype: Literal["float16", "float32"]
+    prefix: str,
+    k: int,
+    n_temperatures: int,
+    blocks: int,
+    logprob_dtype: Literal["float16", "float32"],
+    *,
+    draws: int = 0,
 ) -> tuple[ArraySpec, ...]:
     """Arrays of one distribution a token.
 
@@ -113,26 +122,38 @@ def distribution_specs(
         n_temperatures: declared temperatures.
         blocks: vocabulary blocks whose tail mass is kept apart.
         logprob_dtype: precision of the kept log-probabilities.
+        draws: ids drawn from the tail at each temperature.
 
     Returns:
-        Specifications of `ids` [T, k], `logprob` [T, k], `log_z` [T, temperatures] and `log_tail`
-        [T, temperatures, blocks]; see `docs/format.md` for what they mean.
+        Specifications of `ids` [T, k], `logprob` [T, k], `log_z` [T, temperatures], `log_tail`
+        [T, temperatures, blocks] and, with draws, `draws` [T, temperatures, draws]; see `docs/format.md` for what they
+        mean.
     """
+    drawn = (ArraySpec(f"{prefix}/draws", (n_temperatures, draws), "uint32"),) if draws else ()
     return (
         ArraySpec(f"{prefix}/ids", (k,), "uint32"),
         ArraySpec(f"{prefix}/logprob", (k,), logprob_dtype),
         ArraySpec(f"{prefix}/log_z", (n_temperatures,), "float32"),
         ArraySpec(f"{prefix}/log_tail", (n_temperatures, blocks), "float32"),
+        *drawn,
     )
 
 
-def distribution_attributes(*, k: int, temperatures: Sequence[float], block_bounds: Sequence[int]) -> dict[str, Any]:
+def distribution_attributes(
+    *,
+    k: int,
+    temperatures: Sequence[float],
+    block_bounds: Sequence[int],
+    draws: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Attributes a part needs so that its distributions can be read.
 
     Args:
         k: entries asked for; the arrays may be narrower only where the whole vocabulary is kept.
         temperatures: declared temperatures, in the order of the arrays; 1 among them.
         block_bounds: `blocks + 1` rising ids; block b covers ids in `[block_bounds[b], block_bounds[b + 1])`.
+        draws: `count` of draws, and `k`, how many of the likeliest ids are not in the tail they are from (at most the k
+            above); None without.
 
     Raises:
         ValueError: 1 is not among the temperatures, or the bounds do not rise from 0.
@@ -147,6 +168,7 @@ def distribution_attributes(*, k: int, temperatures: Sequence[float], block_boun
             "k": int(k),
             "temperatures": [float(value) for value in temperatures],
             "block_bounds": [int(value) for value in block_bounds],
+            **({} if draws is None else {"draws": {"count": int(draws["count"]), "k": int(draws["k"])}}),
         }
     }
 

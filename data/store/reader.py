@@ -18,7 +18,7 @@ import numpy as np
 from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Row
 from kdpipe.data.store.codec import decode_states
-from kdpipe.data.store.format import OFFSETS, hidden_prefix
+from kdpipe.data.store.format import NO_ID, OFFSETS, hidden_prefix
 from kdpipe.data.store.metadata import damaged, load_attributes
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Recent:
 
 @dataclass(frozen=True, slots=True)
 class StoredDistribution:
-    """What a teacher says about each token of a sample. T tokens, k kept entries, n temperatures, B tail blocks.
+    """What a teacher says about each token of a sample. T tokens, k kept entries, n temperatures, B blocks, D draws.
 
     Attributes:
         ids: int64 [T, k], kept token ids, most likely first.
@@ -69,6 +69,8 @@ class StoredDistribution:
             -inf where nothing is left.
         temperatures: the n temperatures.
         block_bounds: B + 1 ids; block b covers `[block_bounds[b], block_bounds[b + 1])`.
+        draws: int64 [T, n, D], ids drawn at T_n from the vocabulary without the kept ids; -1 where nothing is left.
+            None unless they were asked for.
     """
 
     ids: np.ndarray
@@ -77,6 +79,7 @@ class StoredDistribution:
     log_tail: np.ndarray
     temperatures: tuple[float, ...]
     block_bounds: tuple[int, ...]
+    draws: np.ndarray | None = None
 
 
 class PartReader:
@@ -151,7 +154,13 @@ class PartReader:
         return arrays
 
     def distribution(
-        self, row: int, prefix: str, *, k: int | None = None, temperatures: Sequence[float] | None = None
+        self,
+        row: int,
+        prefix: str,
+        *,
+        k: int | None = None,
+        temperatures: Sequence[float] | None = None,
+        draws: bool = False,
     ) -> StoredDistribution:
         """A distribution of one unit, narrowed to what is asked for.
 
@@ -163,9 +172,11 @@ class PartReader:
             prefix: `top`, or `format.lens_prefix(layer)`.
             k: entries wanted; None: all that are kept. Where the whole vocabulary is kept there may be fewer.
             temperatures: temperatures wanted, in this order; None: all that were declared.
+            draws: whether the draws are wanted. They are from the tail that one k leaves, and k must be that.
 
         Raises:
-            StoreError: more entries or another temperature are asked for than the part holds, or it is damaged.
+            StoreError: more entries or another temperature are asked for than the part holds, or draws that it does
+                not hold for this k; or it is damaged.
         """
         about = self.attributes.get("distributions", {})
         if about.get("layout") != "fixed":
@@ -195,6 +206,7 @@ class PartReader:
         kept = ids.shape[1] if k is None else min(k, ids.shape[1])
         if kept < ids.shape[1]:
             log_tail = _with_dropped(ids[:, kept:], logprob[:, kept:], log_z_1, log_z, log_tail, wanted, bounds)
+        drawn = self._draws(row, prefix, kept, ids.shape[1])[:, columns] if draws else None
         return StoredDistribution(
             ids[:, :kept].astype(np.int64),
             logprob[:, :kept].astype(np.float32),
@@ -202,7 +214,23 @@ class PartReader:
             log_tail,
             tuple(wanted),
             bounds,
+            drawn,
         )
+
+    def _draws(self, row: int, prefix: str, kept: int, stored: int) -> np.ndarray:
+        """Draws [tokens, temperatures, draws] from the tail that `kept` of `stored` entries leave, or StoreError."""
+        about = self.attributes["distributions"].get("draws")
+        if about is None:
+            raise StoreError(
+                f"{self.path}: holds no draws from the tails. Set `teachers.draws` and run `kdpipe cache-teachers`."
+            )
+        if min(about["k"], stored) != kept:
+            raise StoreError(
+                f"{self.path}: its draws are from the tails that k = {about['k']} leaves; k = {kept} was asked for. "
+                f"Set `teachers.k` to {about['k']}, or run `kdpipe cache-teachers`."
+            )
+        found = self.read(row, [f"{prefix}/draws"])[f"{prefix}/draws"].astype(np.int64)
+        return np.where(found == NO_ID, -1, found)
 
     def hidden(self, row: int, layer: int) -> torch.Tensor:
         """Hidden states [tokens, width] of one unit at a teacher layer (counted from 1), decoded on the CPU.
@@ -213,13 +241,23 @@ class PartReader:
         Raises:
             StoreError: the layer is not in the part, or what is read is damaged.
         """
+        return decode_states(self.states(row, layer), self.attributes["states"]["codec"])
+
+    def states(self, row: int, layer: int) -> dict[str, np.ndarray]:
+        """What is stored of the hidden states of one unit at a teacher layer (counted from 1), not decoded.
+
+        Returns:
+            `states` [tokens, width] (bfloat16 as its uint16 bits), and for int8 `scale` float32 [tokens].
+
+        Raises:
+            StoreError: the layer is not in the part, or what is read is damaged.
+        """
         about = self.attributes.get("states", {"layers": []})
         if layer not in about["layers"]:
             raise StoreError(f"{self.path}: holds no hidden states of layer {layer}; it has {about['layers']}")
         prefix = hidden_prefix(layer) + "/"
         names = [name for name in self.attributes["arrays"] if name.startswith(prefix)]
-        arrays = {name.removeprefix(prefix): array for name, array in self.read(row, names).items()}
-        return decode_states(arrays, about["codec"])
+        return {name.removeprefix(prefix): array for name, array in self.read(row, names).items()}
 
     def _span(self, name: str, start: int, stop: int, unit: Mapping[str, Any] | None) -> np.ndarray:
         """Rows [start, stop) of an array, put together from its chunks."""

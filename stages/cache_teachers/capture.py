@@ -31,6 +31,7 @@ from kdpipe.data.store.format import (
 )
 from kdpipe.data.stream import prefetch
 from kdpipe.stages.base import Context, Wanted
+from kdpipe.stages.cache_teachers.draws import uniforms
 from kdpipe.stages.cache_teachers.head import block_bounds, distribution
 from kdpipe.stages.cache_teachers.parts import building
 from kdpipe.stages.cache_teachers.targets import THREADS
@@ -71,7 +72,7 @@ class Scribe:
         config: the `teachers` section.
         alignment: ids to normalize over; not needed for states alone.
         over: whether rows are response positions or audio positions.
-        cover: `k` and `temperatures` for distributions, `lens` and `hidden` layers.
+        cover: `k`, `temperatures` and `draws` for distributions, `lens` and `hidden` layers.
 
     Attributes:
         arrays: what each unit holds.
@@ -91,6 +92,7 @@ class Scribe:
         self._over = over
         self._k: int = cover.get("k", 0)
         self._temperatures: list[float] = cover.get("temperatures", [])
+        self._draws: Mapping[str, int] | None = cover.get("draws")
         self._lens: list[int] = cover.get("lens", [])
         self._hidden: list[int] = cover.get("hidden", [])
         self._bounds = block_bounds(alignment.valid, config.tail_blocks) if alignment is not None else ()
@@ -99,7 +101,12 @@ class Scribe:
         self.arrays: list[ArraySpec] = []
         for prefix in prefixes:
             self.arrays += distribution_specs(
-                prefix, self._k, len(self._temperatures), config.tail_blocks, config.logprob_dtype
+                prefix,
+                self._k,
+                len(self._temperatures),
+                config.tail_blocks,
+                config.logprob_dtype,
+                draws=0 if self._draws is None else self._draws["count"],
             )
         for layer in self._hidden:
             self.arrays += hidden_specs(layer, loaded.width, config.states)
@@ -110,7 +117,9 @@ class Scribe:
         attributes: dict[str, Any] = {"teacher": {"layers": len(self._loaded.layers), "width": self._loaded.width}}
         if self._k:
             assert self._alignment is not None
-            attributes |= distribution_attributes(k=self._k, temperatures=self._temperatures, block_bounds=self._bounds)
+            attributes |= distribution_attributes(
+                k=self._k, temperatures=self._temperatures, block_bounds=self._bounds, draws=self._draws
+            )
             attributes["alignment"] = {"valid": self._alignment.valid, "masked": list(self._alignment.masked)}
             attributes["blocks"] = "geometric"
         if self._hidden:
@@ -143,17 +152,26 @@ class Scribe:
         flat: dict[str, np.ndarray] = {}
         try:
             if self._k:
-                flat |= under(TOP, self._distribution(last_NH))
+                flat |= self._distribution(TOP, last_NH, batch)
             for layer in self._lens:
-                flat |= under(lens_prefix(layer), self._distribution(self._loaded.final_norm(states_NH[layer])))
+                flat |= self._distribution(lens_prefix(layer), self._loaded.final_norm(states_NH[layer]), batch)
             for layer in self._hidden:
                 flat |= under(hidden_prefix(layer), self._states(layer, states_NH[layer]))
         except KdpipeError as error:
             raise KdpipeError(f"{self._loaded.folder.name}, samples {', '.join(batch.ids)}: {error}") from None
         return [{name: array[start:stop] for name, array in flat.items()} for start, stop in pairwise(offsets)]
 
-    def _distribution(self, hidden_NH: torch.Tensor) -> dict[str, np.ndarray]:
+    def _distribution(self, prefix: str, hidden_NH: torch.Tensor, batch: Batch) -> dict[str, np.ndarray]:
         assert self._alignment is not None
+        draws = {}
+        if self._draws is not None:
+            units = zip(batch.ids, pairwise(batch.response_offsets), strict=True)
+            numbers = [uniforms(unit, prefix, stop - start, self._temperatures) for unit, (start, stop) in units]
+            draws = {
+                "draws": self._draws["count"],
+                "draws_k": self._draws["k"],
+                "uniforms": torch.from_numpy(np.concatenate(numbers)),
+            }
         made = distribution(
             hidden_NH,
             self._loaded.head_weight,
@@ -162,9 +180,12 @@ class Scribe:
             bounds=self._bounds,
             alignment=self._alignment,
             chunk=self._config.head_chunk,
+            **draws,
         )
-        dtypes = {"ids": np.uint32, "logprob": np.dtype(self._config.logprob_dtype)}
-        return {name: value.cpu().numpy().astype(dtypes.get(name, np.float32)) for name, value in made.items()}
+        # A draw of -1 wraps to `NO_ID`.
+        dtypes = {"ids": np.uint32, "draws": np.uint32, "logprob": np.dtype(self._config.logprob_dtype)}
+        arrays = {name: value.cpu().numpy().astype(dtypes.get(name, np.float32)) for name, value in made.items()}
+        return under(prefix, arrays)
 
     def _states(self, layer: int, states_NH: torch.Tensor) -> dict[str, np.ndarray]:
         arrays = encode_states(states_NH, self._config.states)

@@ -28,6 +28,7 @@ class Requirements:
         hidden: textual-teacher layers whose states are wanted.
         heard: layers whose states at the audio positions are wanted of the acoustic teacher.
         acoustic_top: whether its distributions over the response are wanted.
+        draws: ids to draw from the tail of each distribution, beside k kept entries.
     """
 
     student: ModelFolder
@@ -40,6 +41,7 @@ class Requirements:
     hidden: tuple[int, ...]
     heard: tuple[int, ...]
     acoustic_top: bool
+    draws: int
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -103,6 +105,7 @@ def requirements(ctx: Context) -> Requirements:
         hidden=hidden,
         heard=heard,
         acoustic_top=weights.acoustic_top > 0,
+        draws=config.teachers.draws,
     )
 
 

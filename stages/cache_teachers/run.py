@@ -222,14 +222,20 @@ def _audio_prefix(encoder: Encoder, system: str | None, clips: int) -> str:
 
 
 def _kept_too(work: _Work, wants: Sequence[Wanted]) -> dict[str, Any]:
-    """What wants of one key ask for, and what the rows to be replaced hold: another run may use that."""
+    """What wants of one key ask for, and what the rows to be replaced hold: another run may use that.
+
+    Only draws are given up for others: a unit has room for one number of them beside one k.
+    """
     rows = [work.ledger.get(want.id, want.source) for want in wants]
     held = [row.cover for row in rows if row is not None and row.key == wants[0].key]
     merged: dict[str, Any] = {}
     for cover in [*held, *(want.cover for want in wants)]:
         for name, value in cover.items():
             have = merged.get(name)
-            merged[name] = sorted({*(have or []), *value}) if isinstance(value, list) else max(have or 0, value)
+            if isinstance(value, list):
+                merged[name] = sorted({*(have or []), *value})
+            else:
+                merged[name] = value if isinstance(value, Mapping) else max(have or 0, value)
     return merged
 
 

@@ -117,7 +117,9 @@ def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str,
 
 def _covers(needs: Requirements) -> dict[str, dict[str, Any]]:
     """What must be stored beyond the key: more than is asked for serves, too."""
-    kept = {"k": needs.k, "temperatures": list(needs.temperatures)}
+    kept: dict[str, Any] = {"k": needs.k, "temperatures": list(needs.temperatures)}
+    if needs.draws:
+        kept["draws"] = {"count": needs.draws, "k": needs.k}
     inner = {name: list(layers) for name, layers in (("lens", needs.lens), ("hidden", needs.hidden)) if layers}
     return {
         "targets": {},

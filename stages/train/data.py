@@ -15,12 +15,12 @@ from kdpipe.data.audio import decode
 from kdpipe.data.errors import KdpipeError, Rejected, StoreError
 from kdpipe.data.manifest import Sample
 from kdpipe.data.store.format import TARGET_IDS, TOP, lens_prefix
-from kdpipe.data.store.reader import Store, StoredDistribution
+from kdpipe.data.store.reader import PartReader, Store, StoredDistribution
 from kdpipe.data.stream import StreamState
 from kdpipe.stages.config import Config
 from kdpipe.stages.models.inputs import Encoder, Example
 from kdpipe.stages.models.prompt import fill
-from kdpipe.stages.train.losses import Distribution
+from kdpipe.stages.train.losses import Distribution, StoredStates
 from kdpipe.stages.train.objective import MicroBatch
 from kdpipe.stages.train.terms import Terms
 
@@ -51,8 +51,8 @@ class _Read:
     example: Example
     textual: Mapping[int, StoredDistribution]
     acoustic_top: StoredDistribution | None
-    textual_states: Mapping[int, torch.Tensor]
-    acoustic_states: Mapping[int, torch.Tensor]
+    textual_states: Mapping[int, StoredStates]
+    acoustic_states: Mapping[int, StoredStates]
 
 
 class Reader:
@@ -114,26 +114,27 @@ class Reader:
     def _read(self, sample: Sample) -> _Read:
         example = self._example(sample)
         textual: dict[int, StoredDistribution] = {}
-        states: dict[int, torch.Tensor] = {}
+        states: dict[int, StoredStates] = {}
         if self._lens or self._states:
             part, row = self._store.get(sample.id, "textual")
             for layer in self._lens:
                 prefix = TOP if layer == self._teacher_layers else lens_prefix(layer)
-                textual[layer] = part.distribution(row, prefix, k=self._k, temperatures=self._temperatures)
-            states = {layer: part.hidden(row, layer) for layer in self._states}
+                textual[layer] = self._distribution(part, row, prefix)
+            states = {layer: _stored(part.states(row, layer)) for layer in self._states}
         acoustic_top = None
         if self._terms.acoustic_top > 0:
             part, row = self._store.get(sample.id, "acoustic_top")
-            acoustic_top = part.distribution(row, TOP, k=self._k, temperatures=self._temperatures)
-        heard: dict[int, torch.Tensor] = {}
+            acoustic_top = self._distribution(part, row, TOP)
+        heard: dict[int, StoredStates] = {}
         if self._terms.acoustic_layers:
             part, row = self._store.get(sample.id, "acoustic")
-            heard = {layer: part.hidden(row, layer) for layer in self._terms.acoustic_layers}
+            heard = {layer: _stored(part.states(row, layer)) for layer in self._terms.acoustic_layers}
         return _Read(example, textual, acoustic_top, states, heard)
 
-    @property
-    def _k(self) -> int | None:
-        return None if self._terms.compared is None else self._terms.compared.k
+    def _distribution(self, part: PartReader, row: int, prefix: str) -> StoredDistribution:
+        compared = self._terms.compared
+        assert compared is not None
+        return part.distribution(row, prefix, k=compared.k, temperatures=self._temperatures, draws=compared.draws > 0)
 
     def _example(self, sample: Sample) -> Example:
         student = self._config.student
@@ -174,8 +175,8 @@ class Reader:
             batch,
             {layer: _joined([read.textual[layer] for read in reads]) for layer in first.textual},
             None if first.acoustic_top is None else _joined([r.acoustic_top for r in reads if r.acoustic_top]),
-            {layer: _rows([r.textual_states[layer] for r in reads]) for layer in first.textual_states},
-            {layer: _rows([r.acoustic_states[layer] for r in reads]) for layer in first.acoustic_states},
+            {layer: StoredStates.joined([r.textual_states[layer] for r in reads]) for layer in first.textual_states},
+            {layer: StoredStates.joined([r.acoustic_states[layer] for r in reads]) for layer in first.acoustic_states},
             given[0].block_bounds[:-1] if given else (0,),
         )
 
@@ -201,8 +202,12 @@ def split_by_padded_size(lengths: Sequence[int], budget: int) -> list[list[int]]
     return groups
 
 
-def _rows(states: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(states))
+def _stored(arrays: Mapping[str, np.ndarray]) -> StoredStates:
+    """States as they lie in the store: decoded where they are compared, a few rows at a time."""
+    codes = torch.from_numpy(arrays["states"])
+    if codes.dtype == torch.uint16:
+        codes = codes.view(torch.bfloat16)
+    return StoredStates(codes, torch.from_numpy(arrays["scale"]) if "scale" in arrays else None)
 
 
 def _joined(given: Sequence[StoredDistribution]) -> Distribution:
@@ -212,5 +217,10 @@ def _joined(given: Sequence[StoredDistribution]) -> Distribution:
         return torch.from_numpy(np.concatenate([getattr(one, name) for one in given]))
 
     return Distribution(
-        joined("ids"), joined("logprob"), joined("log_z"), joined("log_tail"), tuple(given[0].temperatures)
+        joined("ids"),
+        joined("logprob"),
+        joined("log_z"),
+        joined("log_tail"),
+        tuple(given[0].temperatures),
+        draws=None if given[0].draws is None else joined("draws"),
     )

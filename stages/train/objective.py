@@ -109,7 +109,7 @@ class Objective:
         self._terms = terms
         self._teacher_layers = 0 if teacher is None else teacher.layers
         self._alignment = alignment
-        self._form = form
+        self._form: Form = form
         self.projections = nn.ModuleDict()
         if terms.match == "hidden" and teacher is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -212,6 +212,7 @@ class Objective:
             temperature=1.0 if compared is None else compared.temperature,
             t_squared=compared is not None and compared.t_squared,
             label_weight=factors.get("sft", 0.0),
+            z_loss=terms.z_loss,
             blocks=micro.block_starts if len(micro.block_starts) > 1 else None,
             valid_vocab=None if self._alignment is None else self._alignment.valid,
             masked_ids=() if self._alignment is None else self._alignment.masked,

@@ -1,7 +1,7 @@
 """What the loss is made of, resolved from the configuration and the sizes of the models.
 
 Two configurations that mean the same give equal terms, and so the same key: a weight of zero makes the settings of
-its term irrelevant, `beta` matters to the Jensen-Shannon divergence only, and a layer mode is its map.
+its term irrelevant, `beta`, `alpha` and the draws matter to the divergences that use them, and a layer mode is its map.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from typing import Any, Literal
 from kdpipe.data.errors import ConfigError
 from kdpipe.stages.cache_teachers.layers import layer_map
 from kdpipe.stages.cache_teachers.requirements import Requirements
-from kdpipe.stages.config import Config
+from kdpipe.stages.config import Config, Distance
 from kdpipe.stages.config import Divergence as DivergenceKind
+
+NO_DRAWS = (
+    "train.divergence: sampled_ce takes the tails from draws, and teachers.draws is 0; "
+    "set teachers.draws (32, say), or choose another divergence"
+)
+_SKEWED = ("skew_kl", "skew_reverse_kl")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Compared:
         temperature: softmax temperature of both.
         t_squared: multiply by temperature^2; False at temperature 1.
         k: entries of a teacher that count one by one.
+        alpha: skew of `skew_kl` and `skew_reverse_kl`; 0 with the others.
+        draws: ids drawn from a teacher's tail that stand for it in `sampled_ce`; 0 with the others.
     """
 
     kind: DivergenceKind
@@ -34,6 +42,18 @@ class Compared:
     temperature: float
     t_squared: bool
     k: int
+    alpha: float = 0.0
+    draws: int = 0
+
+    def describe(self) -> str:
+        """A phrase for people."""
+        name = self.kind
+        if name == "jsd":
+            name = f"jsd (beta {self.beta:g})"
+        elif name in _SKEWED:
+            name = f"{name} (alpha {self.alpha:g})"
+        tails = f"{self.draws} draws from each tail" if self.draws else "exact tails"
+        return f"{name} at temperature {self.temperature:g}, k = {self.k} and {tails}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class Terms:
         match: lens: D_i is a divergence through each model's own norm and head; hidden: a distance of projected states.
         acoustic_layers: layers whose states at the audio positions are compared; empty without acoustic term.
         distance: of hidden states; None where no term compares any.
+        z_loss: weight of the squared log-sum-exp in the cross-entropy; 0 where that is off.
     """
 
     sft: float
@@ -58,7 +79,8 @@ class Terms:
     layers: Mapping[int, int]
     match: Literal["lens", "hidden"] | None
     acoustic_layers: tuple[int, ...]
-    distance: Literal["cosine", "mse"] | None
+    distance: Distance | None
+    z_loss: float = 0.0
 
     @property
     def weights(self) -> dict[str, float]:
@@ -73,11 +95,7 @@ class Terms:
     def describe(self) -> list[str]:
         """One line for each term, for people."""
         lines = []
-        if self.compared is not None:
-            name = f"jsd (beta {self.compared.beta:g})" if self.compared.kind == "jsd" else self.compared.kind
-            how = f"{name} at temperature {self.compared.temperature:g}, k = {self.compared.k} and exact tails"
-        else:
-            how = ""
+        how = "" if self.compared is None else self.compared.describe()
         pairs = ", ".join(f"{ours}->{theirs}" for ours, theirs in self.layers.items())
         between = how if self.match == "lens" else f"{self.distance} distance of projected states"
         texts = {
@@ -86,7 +104,7 @@ class Terms:
             "acoustic": f"acoustic teacher, states at the audio positions of layers "
             f"{', '.join(map(str, self.acoustic_layers))}: {self.distance} distance",
             "acoustic_top": f"acoustic teacher, last layer: {how}",
-            "sft": "cross-entropy on the response",
+            "sft": "cross-entropy on the response" + (f" with z-loss {self.z_loss:g}" if self.z_loss else ""),
         }
         for name, weight in self.weights.items():
             lines.append(f"{weight:g} x {texts[name]}")
@@ -101,7 +119,7 @@ def resolve_terms(config: Config, needs: Requirements) -> Terms:
         needs: what it asks of the teachers.
 
     Raises:
-        ConfigError: every weight is zero, or the layer map does not fit the models.
+        ConfigError: every weight is zero, the layer map does not fit the models, or there are no draws to sample from.
     """
     train, weights = config.train, config.train.weights
     if not any((weights.top, weights.layer, weights.acoustic, weights.acoustic_top, weights.sft)):
@@ -112,12 +130,17 @@ def resolve_terms(config: Config, needs: Requirements) -> Terms:
     hidden = config.layers.match == "hidden"
     compared = None
     if weights.top > 0 or weights.acoustic_top > 0 or (layers and not hidden):
+        sampled = train.divergence == "sampled_ce"
+        if sampled and not needs.draws:
+            raise ConfigError([NO_DRAWS])
         compared = Compared(
             train.divergence,
             train.beta if train.divergence == "jsd" else 0.0,
             train.temperature,
             train.scale_by_temperature_squared and train.temperature != 1.0,
             needs.k,
+            train.alpha if train.divergence in _SKEWED else 0.0,
+            needs.draws if sampled else 0,
         )
     return Terms(
         sft=weights.sft,
@@ -130,4 +153,5 @@ def resolve_terms(config: Config, needs: Requirements) -> Terms:
         match=config.layers.match if layers else None,
         acoustic_layers=needs.heard,
         distance=config.layers.distance if needs.heard or (layers and hidden) else None,
+        z_loss=train.z_loss if weights.sft > 0 else 0.0,
     )

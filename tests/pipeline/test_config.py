@@ -95,7 +95,8 @@ def test_all_mistakes_are_reported_at_once_with_line_and_remedy(tmp_path):
     assert found == [
         "kdpipe.yaml:9: train.learning_rat is not a known key; did you mean learning_rate?",
         "kdpipe.yaml:10: train.epochs: expected a whole number, got 'many'",
-        "kdpipe.yaml:11: train.divergence: 'kl' is none of forward_kl, reverse_kl, jsd, tvd",
+        "kdpipe.yaml:11: train.divergence: 'kl' is none of forward_kl, reverse_kl, jsd, tvd, skew_kl, skew_reverse_kl, "
+        "sampled_ce",
         "kdpipe.yaml:12: train.beta: 1.5 is out of range; it must be from 0 to 1",
         "kdpipe.yaml:13: train.betas: expected a list, got 0.9; write [0.9]",
         "kdpipe.yaml:14: evaluate: expected a section with keys, got a list",
@@ -116,6 +117,7 @@ def test_missing_sections_are_named(tmp_path):
     [
         ("train: {temperature: 2}", "train.temperature 2 is not cached; add it to teachers.temperatures"),
         ("train: {weights: {top: 0, layer: 0, acoustic: 0, sft: 0}}", "all are zero"),
+        ("train: {divergence: sampled_ce}", "teachers.draws is 0; set teachers.draws"),
         ("layers: {mode: map}", "give at least one"),
         ("layers: {map: {1: 2}}", "set layers.mode: map"),
         ("layers: {mode: map, map: {one: 2}}", "expected a whole number as key"),

@@ -6,7 +6,7 @@ Shape suffixes: N rows (positions), n rows of a chunk, S student width, W teache
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -88,8 +88,10 @@ class StoredStates:
 
     def to(self, device: torch.device) -> StoredStates:
         """The same on another device."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return StoredStates(**{name: None if part is None else part.to(device) for name, part in parts.items()})
+        moved = {
+            field.name: part.to(device) for field in fields(self) if (part := getattr(self, field.name)) is not None
+        }
+        return replace(self, **moved)
 
     @staticmethod
     def joined(several: Sequence[StoredStates]) -> StoredStates:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
@@ -57,8 +57,9 @@ class Distribution:
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Distribution:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Distribution(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        tensors = ("ids", "logprob", "log_z", "log_tail", "rows_valid", "draws")
+        present = {name: part for name in tensors if (part := getattr(self, name)) is not None}
+        return replace(self, **{name: change(part) for name, part in present.items()})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Shape suffixes: N rows, C columns of a tile, S ids a row, T temperatures, B voca
 """
 
 # Triton's own language: pointers and constants have no useful Python types.
-# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -163,10 +163,9 @@ def unique_picks(ids_NS: torch.Tensor, values_NS: torch.Tensor) -> tuple[torch.T
     first_NS = torch.ones_like(ids_NS, dtype=torch.bool)
     first_NS[:, 1:] = ids_NS[:, 1:] != ids_NS[:, :-1]
     place_NS = first_NS.cumsum(1) - 1
-    # In float64: the order in which a GPU adds does not show.
-    totals_NS = torch.zeros_like(values_NS, dtype=torch.float64).scatter_add_(1, place_NS, values_NS.double())
-    unique_NS = torch.full_like(ids_NS, -1).scatter_(1, place_NS, ids_NS)
-    return unique_NS, totals_NS.to(values_NS.dtype)
+    row_N1 = torch.arange(len(ids_NS), device=ids_NS.device)[:, None]
+    totals_NS = torch.zeros_like(values_NS).index_put_((row_N1, place_NS), values_NS, accumulate=True)
+    return torch.full_like(ids_NS, -1).scatter_(1, place_NS, ids_NS), totals_NS
 
 
 class TritonBetween:

@@ -1,5 +1,6 @@
 """Distributions against float64 over the whole vocabulary."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -129,3 +130,31 @@ def test_block_bounds_are_classes_of_frequency():
     assert all(high <= 2.1 * low for low, high in pairwise(many[2:]))
     with pytest.raises(KdpipeError, match="tail_blocks: 12 is too many for 20 shared ids"):
         block_bounds(20, 12)
+
+
+@pytest.mark.parametrize("k", [1, 16])
+@pytest.mark.parametrize("left", [1e-7, 1e-12, 1e-30])
+def test_the_tail_of_a_teacher_that_keeps_nearly_all_its_mass(k, left):
+    """Kept mass 1e-7 below one, and exactly one in float32; with a single entry, and with 16."""
+    rows, vocabulary, alignment = 33, 5000, Alignment(5000, (9,))
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(rows, 24, generator=generator), torch.randn(vocabulary, 24, generator=generator)
+    favourite = torch.stack([10 + torch.randperm(4000, generator=generator)[:k] for _ in range(rows)])
+    # A column of its own for each row, which raises its favourites until the others have the mass asked for.
+    others = (hidden.double() @ weight.double().T / 4).scatter(1, favourite, -torch.inf)
+    others[:, 9] = -torch.inf
+    spread = torch.rand(rows, k, dtype=torch.float64, generator=generator)
+    raised = torch.logsumexp(others, 1, True) - torch.logsumexp(spread, 1, True) + spread - math.log(left)
+    raised = raised - (hidden.double() @ weight.double().T / 4).gather(1, favourite)
+    hidden, weight = torch.cat([hidden, torch.eye(rows)], 1), torch.cat([weight / 4, torch.zeros(vocabulary, rows)], 1)
+    weight[favourite, 24 + torch.arange(rows)[:, None]] = raised.float()
+    made = distribution(
+        hidden, weight, k=k, temperatures=TEMPERATURES, bounds=(0, vocabulary), alignment=alignment, chunk=10
+    )
+    assert torch.equal(made["ids"].sort(1).values, favourite.sort(1).values)
+    _, _, log_tail = truth(hidden, weight, alignment, (0, vocabulary), made["ids"])
+    tail = log_tail[:, 1, 0].exp()
+    torch.testing.assert_close(tail, torch.full_like(tail, left), rtol=1e-3, atol=0)
+    assert bool(((1 - tail).float() == 1).all()) == (left < 3e-8)
+    relative = (made["log_tail"].double() - log_tail).expm1().abs().amax((0, 2))
+    assert float(relative.max()) < 1e-4

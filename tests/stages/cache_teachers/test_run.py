@@ -206,6 +206,25 @@ def test_a_clip_that_changes_meanwhile_is_not_recorded(begin, tmp_path, monkeypa
     assert not list(run.ledger.rows())
 
 
+def test_a_rejection_of_a_clip_that_changes_meanwhile_is_not_recorded(begin, rows, tmp_path, monkeypatch):
+    bad = {"id": "bad", "audio": "bad.wav", "question": "How many?", "choices": [], "n": 1}
+    (tmp_path / "bad.wav").write_bytes(b"still being copied")
+    run = begin(tmp_path, rows=[*rows, bad], weights=TARGETS_ONLY)
+    plan, real = run.plan(), module.make_targets
+
+    def meddle(*args):
+        (tmp_path / "bad.wav").write_bytes(b"still being copied, and longer")
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "make_targets", meddle)
+        with pytest.raises(KdpipeError, match=r"bad\.wav: changed while the stage was running"):
+            STAGE.run(run.ctx, plan.todo)
+    assert not list(run.ledger.rows()) and not list(run.ledger.rejects())
+    shutil.copy(tmp_path / "a.wav", tmp_path / "bad.wav")
+    assert not run.again().bring_up().rejected
+
+
 def test_the_same_work_gives_the_same_bytes_even_after_an_interruption(begin, tmp_path, monkeypatch):
     def contents(run):
         parts = run.ledger.parts

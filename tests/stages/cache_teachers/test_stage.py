@@ -72,6 +72,31 @@ def test_less_is_served_and_more_is_made_without_losing_anything(made, tmp_path)
     assert run.ledger.get("s1", "textual").cover == expected
 
 
+def test_draws_serve_the_k_they_were_made_for(made, tmp_path):
+    run = made.copy(tmp_path / "copy")
+    drawing = run.again(teachers=run.teachers(draws=4))
+    assert stale_sources(drawing) == {"textual", "acoustic_top"}
+    drawing.bring_up()
+    assert drawing.ledger.get("s1", "textual").cover["draws"] == {"count": 4, "k": 8}
+    assert run.again().stale() == run.again(teachers=run.teachers(k=4)).stale() == []
+    for other in ({"draws": 3}, {"draws": 5}, {"draws": 4, "k": 4}, {"draws": 4, "k": 9}):
+        assert stale_sources(run.again(teachers=run.teachers(**other))) == {"textual", "acoustic_top"}, other
+
+    def drawn(source, prefix="top"):
+        part, row = run.store.get("s2", source)
+        return part.distribution(row, prefix, k=8, temperatures=[1.0, 2.0], draws=True).draws
+
+    before = [drawn("textual"), drawn("textual", "lens/03"), drawn("acoustic_top")]
+    run.again(teachers=run.teachers(k=9, temperatures=(1.5, 2.0))).bring_up()
+    assert drawing.again().stale() == []
+    after = [drawn("textual"), drawn("textual", "lens/03"), drawn("acoustic_top")]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    run.again(teachers=run.teachers(draws=4, k=4)).bring_up()
+    assert run.ledger.get("s1", "textual").cover["k"] == 9
+    assert stale_sources(drawing.again()) == {"textual", "acoustic_top"}
+
+
 def test_sources_follow_the_weights(made):
     def sources(**weights):
         off = {"top": 0.0, "layer": 0.0, "acoustic": 0.0, "acoustic_top": 0.0}

@@ -14,8 +14,10 @@ from kdpipe.stages.train.losses import (
     cross_entropy,
     forward_kl,
     jsd,
-    linear_logsumexp_gather,
+    linear_loss,
     reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
     student_outcomes,
     teacher_at_temperature,
     tvd,
@@ -28,6 +30,8 @@ KINDS = [
     Divergence("jsd", 0.1),
     Divergence("jsd", 0.9),
     Divergence("tvd"),
+    Divergence("skew_kl"),
+    Divergence("skew_reverse_kl", alpha=0.3),
 ]
 
 
@@ -49,6 +53,16 @@ def test_values_equal_their_definitions():
         want = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
         torch.testing.assert_close(jsd(log_p, log_q, beta), want)
     torch.testing.assert_close(tvd(log_p, log_q), (log_p.exp() - log_q.exp()).abs().sum(1) / 2)
+    for alpha in (0.0, 0.1, 0.7):
+        mixed = (alpha * log_p.exp() + (1 - alpha) * log_q.exp()).log()
+        torch.testing.assert_close(skew_kl(log_p, log_q, alpha), kl(log_p, mixed))
+        torch.testing.assert_close(skew_reverse_kl(log_q, log_p, alpha), kl(log_p, mixed))
+
+
+def test_skew_kl_is_bounded_where_the_supports_are_disjoint():
+    log_p, log_q = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
+    assert float(skew_kl(log_p, log_q, 0.1)) == pytest.approx(-math.log(0.1))
+    assert float(skew_reverse_kl(log_p, log_q, 0.1)) == pytest.approx(-math.log(0.1))
 
 
 def test_jsd_ends_are_the_kl_divergences():
@@ -149,6 +163,10 @@ def test_bad_divergence():
         Divergence("l2")  # type: ignore[arg-type]
     with pytest.raises(KdpipeError, match="beta 2"):
         Divergence("jsd", 2.0)
+    with pytest.raises(KdpipeError, match="alpha 1 "):
+        Divergence("skew_kl", alpha=1.0)
+    with pytest.raises(KdpipeError, match="call sampled_cross_entropy"):
+        Divergence("sampled_ce")(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 def student_with_tail(tail, entries, vocabulary=5000, width=16, seed=0):
@@ -164,14 +182,20 @@ def student_with_tail(tail, entries, vocabulary=5000, width=16, seed=0):
     return hidden.float().requires_grad_(), weight.float().requires_grad_()
 
 
-def outcomes(hidden, weight, entries, form="chunked"):
+def outcomes(hidden, weight, entries, form="chunked", value_of=lambda log_q_NM: log_q_NM.sum() * 0):
+    """What `value_of` makes of the student's outcomes, with gradients, and the logarithm of its tail."""
     ids = torch.arange(entries)[None]
-    lse, picked = linear_logsumexp_gather(hidden, weight, ids, lse_dtype=torch.float64, form=form)
     there = torch.ones(1, entries, dtype=torch.bool)
-    return student_outcomes(picked, lse, torch.zeros_like(ids), there, there[:, :1], 1.0)
+
+    def loss(lse, picked, rows):
+        log_q, log_tail = student_outcomes(picked, lse[:, 0], torch.zeros_like(ids), there, there[:, :1], 1.0)
+        return value_of(torch.cat([log_q, log_tail], 1)), (log_tail,)
+
+    value, (log_tail,) = linear_loss(hidden, weight, ids, loss, form=form)
+    return value, log_tail
 
 
-@pytest.mark.parametrize("form", ["chunked", "reference"])
+@pytest.mark.parametrize("form", ["chunked", "reference", "in_forward"])
 @pytest.mark.parametrize("entries", [1, 2, 64])
 @pytest.mark.parametrize("tail", [0.5, 1e-2, 1e-4])
 def test_student_tail_is_right_to_a_thousandth(tail, entries, form):
@@ -183,15 +207,15 @@ def test_student_tail_is_right_to_a_thousandth(tail, entries, form):
         assert float((log_tail[:, 0].detach().double() - want).abs()) < 1e-3
 
 
+@pytest.mark.parametrize("form", ["chunked", "in_forward"])
 @pytest.mark.parametrize("teacher_tail", [1e-7, 0.3])
 @pytest.mark.parametrize("student_tail", [1e-4, 1e-7, 1e-12])
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
-def test_small_student_tails_stay_finite(divergence, student_tail, teacher_tail):
+def test_small_student_tails_stay_finite(divergence, student_tail, teacher_tail, form):
     """The tail's part of the gradient is bounded: for forward KL by the teacher's tail mass, everywhere."""
     hidden, weight = student_with_tail(student_tail, 64)
-    log_q, log_q_tail = outcomes(hidden, weight, 64)
     log_p = torch.cat([torch.full((1, 64), (1 - teacher_tail) / 64), torch.tensor([[teacher_tail]])], 1).log()
-    value = divergence(log_p, torch.cat([log_q, log_q_tail], 1))
+    value, _ = outcomes(hidden, weight, 64, form, lambda log_q: divergence(log_p, log_q).sum())
     value.backward()
     assert hidden.grad is not None and weight.grad is not None
     assert value.isfinite().all() and hidden.grad.isfinite().all() and weight.grad.isfinite().all()
