@@ -9,7 +9,7 @@ STAMP := .venv/.set-up-$(EXTRA)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml .dev/setup.sh .dev/constraints.txt pipeline/wheels.py
+$(STAMP): pyproject.toml .dev/setup.sh .dev/constraints.txt .dev/peers.txt pipeline/wheels.py
 	bash .dev/setup.sh "$(PYTHON)" "$(EXTRA)"
 	touch $@
 

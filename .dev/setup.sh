@@ -29,5 +29,7 @@ if [ "$extra" = cpu ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 echo "Installing kdpipe with the extras $extra, dev"
 pip install --quiet --constraint .dev/constraints.txt --editable ".[$extra,dev]"
+# Losses to compare with, without the trainers around them: what they depend on is not wanted, or here already.
+pip install --quiet --no-deps --requirement .dev/peers.txt
 .venv/bin/python -m kdpipe.pipeline.wheels
 .venv/bin/kdpipe --version

@@ -47,7 +47,7 @@ def block_bounds(valid: int, blocks: int) -> tuple[int, ...]:
     """
     if blocks == 1:
         return (0, valid)
-    first = min(_FIRST_BLOCK, max(1, valid >> (blocks - 1)))
+    first = min(_FIRST_BLOCK, max(1, valid // blocks))
     ratio = valid / first
     bounds = (0, *(round(first * ratio ** (step / (blocks - 1))) for step in range(blocks)))
     if any(low >= high for low, high in pairwise(bounds)):

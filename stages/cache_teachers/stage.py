@@ -28,7 +28,7 @@ class CacheTeachers:
     """Targets, and what the teachers know about them."""
 
     name: str = "cache-teachers"
-    version: int = 1
+    version: int = 2
     needs: tuple[str, ...] = (UPSTREAM,)
     whole: bool = False
 

@@ -127,7 +127,9 @@ def test_block_bounds_are_classes_of_frequency():
     assert block_bounds(151_936, 4) == (0, 256, 2151, 18080, 151_936)
     many = block_bounds(151_936, 16)
     assert len(many) == 17 and many[-1] == 151_936
-    assert all(high <= 2.1 * low for low, high in pairwise(many[2:]))
+    assert many[1] == block_bounds(151_936, 32)[1] == 256, "the bytes stay together, however many blocks there are"
+    assert all(high <= 1.6 * low for low, high in pairwise(many[2:]))
+    assert len(block_bounds(487, 16)) == 17
     with pytest.raises(KdpipeError, match="tail_blocks: 12 is too many for 20 shared ids"):
         block_bounds(20, 12)
 

@@ -1,0 +1,101 @@
+"""The benchmark of the losses runs, and measures what it says; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("bench_losses.py")
+SIZES = ["--rows", "24", "--width", "16", "--vocab", "700", "--k", "4", "--repeats", "2", "--threads", "1"]
+NEEDS_CUDA = {"ce-triton", "joint-t1-triton", "joint-t2-triton", "liger-ce"}
+ALONE = {f"ce-{form}" for form in ("chunked", "in_forward", "triton")}
+JOINT = {f"joint-t{t}-{form}" for t in (1, 2) for form in ("chunked", "in_forward", "triton", "reference")}
+OTHERS = {"ce-materialized", "liger-ce", "liger-jsd", "trl-jsd", "torchtune-kl", "axolotl-topk", "products"}
+
+
+def bench(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
+
+
+def test_every_case_has_its_row(tmp_path):
+    shown = bench(*SIZES, "--device", "cpu", "--json", str(tmp_path / "numbers.json"))
+    content = json.loads((tmp_path / "numbers.json").read_text())
+    rows = {row["case"]: row for row in content["rows"]}
+    assert rows.keys() == ALONE | JOINT | OTHERS
+    assert shown.count("\n| ") == 1 + len(rows), "one line of the table each, and its head"
+    assert content["settings"]["rows"] == 24 and content["machine"]["torch"] == torch.__version__
+
+    assert {case: row["failure"] for case, row in rows.items() if row["failure"]} == dict.fromkeys(
+        NEEDS_CUDA, "needs CUDA"
+    )
+    ran = {case: row for case, row in rows.items() if case not in NEEDS_CUDA}
+    for row in ran.values():
+        assert 0 < row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
+        assert row["ratio_to_fastest"] > 0 and row["share_of_limit"] > 0
+    assert min(ran[case]["ratio_to_fastest"] for case in ALONE - NEEDS_CUDA) == 1.0
+    assert all(ran[case]["ratio_to_form"] == 1.0 for case in ALONE - NEEDS_CUDA)
+
+    losses = defaultdict(list)
+    for case, row in ran.items():
+        losses["ce" if case.startswith("ce-") else case.rpartition("-")[0]].append(row["loss"])
+    assert {group: len(losses[group]) for group in ("ce", "joint-t1", "joint-t2")} == {
+        "ce": 3,
+        "joint-t1": 3,
+        "joint-t2": 3,
+    }
+    for group in ("ce", "joint-t1", "joint-t2"):
+        assert max(losses[group]) == pytest.approx(min(losses[group]), rel=1e-5), "the same work in every form"
+
+
+@pytest.fixture
+def peak_memory(monkeypatch):
+    """The function of the script, which imports what lies beside it."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from bench_losses import peak_memory
+
+    return peak_memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux's /proc")
+def test_peak_memory_is_what_a_pass_needs_beyond_its_inputs(peak_memory):
+    kept = torch.ones(2**23)
+
+    def step() -> float:
+        held = kept + 1
+        return float(held.sum())
+
+    step()
+    needed = 4 * 2**23
+    for _ in range(2):
+        assert 0.95 * needed < peak_memory(step, "cpu") < 1.25 * needed, "but for the kernel's rounding"
+
+
+def test_bad_sizes():
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        bench(*SIZES, "--k", "700")
+    assert "--k must be below --vocab" in failed.value.stderr
+
+
+def test_a_case_that_fails_says_why(tmp_path):
+    """Peers that cannot be imported, and a process that ends by itself."""
+    for module, content in {
+        "liger_kernel/__init__.py": "raise ImportError('broken | for\\ngood')",
+        "trl/kernels/chunked_divergence.py": "import os; os._exit(9)",
+    }.items():
+        (tmp_path / module).parent.mkdir(parents=True)
+        (tmp_path / module).write_text(content)
+    (tmp_path / "trl" / "__init__.py").touch()
+    lines = bench(*SIZES, "--repeats", "1", PYTHONPATH=str(tmp_path)).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
+    assert "cannot be imported (broken \\| for good)" in rows["Liger fused linear JSD"]
+    assert "cannot be imported (broken" in rows["axolotl fused top-k KL"]
+    assert "the process ended with code 9" in rows["TRL chunked divergence"]
+    assert "100%" in rows["torch.mm"], "the others go on"
