@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 
@@ -21,7 +21,7 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.train.losses.chunked import tiled_head
 from kdpipe.stages.train.losses.in_forward import RowLoss, head_with_loss
 from kdpipe.stages.train.losses.reference import reference_head
-from kdpipe.stages.train.losses.spec import HeadSpec, accumulator, head_spec
+from kdpipe.stages.train.losses.spec import HeadSettings, HeadSpec, accumulator, head_spec
 
 Form = Literal["auto", "reference", "chunked", "triton", "in_forward"]
 """How the output head is computed: held in memory, in tiles by PyTorch, in tiles by Triton kernels, or in tiles with
@@ -164,20 +164,14 @@ def linear_loss(
     loss: RowLoss,
     *,
     temperatures: Sequence[float] = (1.0,),
-    blocks: Sequence[int] | None = None,
-    valid_vocab: int | None = None,
-    masked_ids: Sequence[int] = (),
-    bias: torch.Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     chunk_bytes: int | None = None,
     form: Form = "auto",
+    **settings: Unpack[HeadSettings],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """A loss of log-sum-exp and picked logits that is a sum over rows, without holding [N, V].
 
     Args:
-        hidden_NH, weight_VH, ids_NS, temperatures, blocks, valid_vocab, masked_ids, bias, logit_scale, softcap: as in
-            `linear_logsumexp_gather`.
+        hidden_NH, weight_VH, ids_NS, temperatures: as in `linear_logsumexp_gather`.
         loss: called as `loss(lse, picked, rows)` for consecutive rows, once or several times, with lse float64
             [n, T, B] (B = 1 without blocks), picked [n, S] and the slice of rows they are. Gives the summed loss of
             these rows (a scalar) and a tuple of tensors to be joined along their first dimension. It must not
@@ -186,6 +180,7 @@ def linear_loss(
             a CPU, 512 MiB on a GPU).
         form: as in `linear_logsumexp_gather`, or "in_forward": gradients are made in the forward pass, which saves
             computing the logits twice.
+        **settings: blocks, valid_vocab, masked_ids, bias, logit_scale, softcap, as in `linear_logsumexp_gather`.
 
     Returns:
         loss: the scalar, summed over all rows, with gradients to hidden states, weight and bias.
@@ -194,18 +189,7 @@ def linear_loss(
     Raises:
         KdpipeError: as `linear_logsumexp_gather`.
     """
-    spec = head_spec(
-        hidden_NH,
-        weight_VH,
-        ids_NS,
-        temperatures=temperatures,
-        blocks=blocks,
-        valid_vocab=valid_vocab,
-        masked_ids=masked_ids,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-    )
+    spec, bias = head_spec(hidden_NH, weight_VH, ids_NS, temperatures=temperatures, **settings), settings.get("bias")
     form = choose_form(form, hidden_NH, weight_VH, with_loss=True)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         if form == "in_forward":

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Unpack
 
 import torch
 
@@ -22,6 +23,7 @@ from kdpipe.stages.train.losses.divergence import (
     teacher_at_temperature,
 )
 from kdpipe.stages.train.losses.head import Form, linear_loss
+from kdpipe.stages.train.losses.spec import HeadSettings
 
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
@@ -136,14 +138,9 @@ def head_terms(
     label_weight: float = 1.0,
     label_token_weights: torch.Tensor | None = None,
     z_loss: float = 0.0,
-    blocks: Sequence[int] | None = None,
-    valid_vocab: int | None = None,
-    masked_ids: Sequence[int] = (),
-    bias: torch.Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     chunk_bytes: int | None = None,
     form: Form = "auto",
+    **settings: Unpack[HeadSettings],
 ) -> HeadTerms:
     """Cross-entropy and the divergence from every teacher, with one pass over the output head.
 
@@ -162,21 +159,22 @@ def head_terms(
         label_weight: factor of the cross-entropy in the loss.
         label_token_weights: float32 [M] further factors, one a row; None for 1.
         z_loss: weight of the squared log-sum-exp in the cross-entropy.
-        blocks: as in `linear_logsumexp_gather`, the blocks of the teachers' tails; None for one tail.
-        valid_vocab, masked_ids, bias, logit_scale, softcap: as in `linear_logsumexp_gather`.
         chunk_bytes, form: as in `linear_loss`.
+        **settings: valid_vocab, masked_ids, bias, logit_scale, softcap, as in `linear_logsumexp_gather`; blocks, as
+            there, are the blocks of the teachers' tails (None for one tail).
 
     Raises:
         KdpipeError: as there; shapes of a teacher that do not fit; an undeclared temperature; draws that are needed
             and missing.
     """
-    block_count = 1 if blocks is None else len(blocks)
+    blocks = settings.get("blocks") or (0,)
     for teacher in teachers:
-        _check_teacher(teacher, len(hidden_MH), block_count, divergence)
+        _check_teacher(teacher, len(hidden_MH), len(blocks), divergence)
     _check_weights(label_token_weights, len(hidden_MH), "label_token_weights")
     column = [_temperature_column(teacher.distribution, temperature) for teacher in teachers]
     places, ids_MS = _gather_ids(labels_M, teachers, column if divergence.sampled else None)
-    live_B = _ids_in_blocks(blocks or (0,), len(weight_VH) if valid_vocab is None else valid_vocab, masked_ids)
+    valid = settings.get("valid_vocab") or len(weight_VH)
+    live_B = _ids_in_blocks(blocks, valid, settings.get("masked_ids", ()))
     scale = temperature**2 if t_squared else 1.0
 
     def loss(
@@ -194,7 +192,7 @@ def head_terms(
                 picked_mS[at, place.kept],
                 picked_mS[at, place.draws],
                 lse_mTB[at, -1],
-                blocks or (0,),
+                blocks,
                 live_B,
                 divergence,
                 temperature,
@@ -210,14 +208,9 @@ def head_terms(
         ids_MS,
         loss,
         temperatures=(1.0,) if temperature == 1.0 or not teachers else (1.0, temperature),
-        blocks=blocks,
-        valid_vocab=valid_vocab,
-        masked_ids=masked_ids,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
         chunk_bytes=chunk_bytes,
         form=form,
+        **settings,
     )
     width = 1 + len(fields(Diagnostics))
     groups = [outputs[start : start + width] for start in range(1, len(outputs), width)]

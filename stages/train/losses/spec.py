@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -49,6 +50,26 @@ class HeadSpec:
         return torch.tensor([token - start for token in self.masked[low:high]], device=device)
 
 
+class HeadSettings(TypedDict, total=False):
+    """Settings of an output head.
+
+    Attributes:
+        blocks: first ids of B ascending vocabulary blocks, beginning with 0; None (the default) for one block.
+        valid_vocab: rows of the head that belong to the vocabulary; those beyond are left out. None: all.
+        masked_ids: further ids that are left out.
+        bias: [V], added before scaling.
+        logit_scale: factor of the logits; 1 by default.
+        softcap: z = softcap * tanh(u / softcap), u the scaled logits; None: none.
+    """
+
+    blocks: Sequence[int] | None
+    valid_vocab: int | None
+    masked_ids: Sequence[int]
+    bias: torch.Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -72,12 +93,7 @@ def head_spec(
     ids_NS: torch.Tensor,
     *,
     temperatures: Sequence[float] = (1.0,),
-    blocks: Sequence[int] | None = None,
-    valid_vocab: int | None = None,
-    masked_ids: Sequence[int] = (),
-    bias: torch.Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    **settings: Unpack[HeadSettings],
 ) -> HeadSpec:
     """Checks that tensors and settings fit together; arguments as in `linear_logsumexp_gather`.
 
@@ -85,6 +101,8 @@ def head_spec(
         KdpipeError: they do not; says what and where.
     """
     rows = weight_VH.shape[0]
+    blocks, valid_vocab, bias = settings.get("blocks"), settings.get("valid_vocab"), settings.get("bias")
+    logit_scale, softcap = settings.get("logit_scale", 1.0), settings.get("softcap")
     if hidden_NH.ndim != 2 or weight_VH.ndim != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
         raise KdpipeError(
             f"hidden states {tuple(hidden_NH.shape)} and output head {tuple(weight_VH.shape)} "
@@ -110,7 +128,7 @@ def head_spec(
     bounds = (*(blocks if blocks is not None else (0,)), valid)
     if bounds[0] != 0 or any(b <= a for a, b in pairwise(bounds)):
         raise KdpipeError(f"blocks {tuple(bounds[:-1])} must ascend from 0 and end below valid_vocab {valid}.")
-    masked = sorted(set(masked_ids))
+    masked = sorted(set(settings.get("masked_ids", ())))
     if masked and not (masked[0] >= 0 and masked[-1] < rows):
         raise KdpipeError(f"masked ids {masked[0]}..{masked[-1]} are not rows of the output head (0..{rows - 1}).")
     masked = masked[: bisect_left(masked, valid)]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.train.losses import Distribution, Divergence, TeacherRows, head_terms, joint
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 M, H, V = 12, 16, 50
 KINDS = [
     Divergence("forward_kl"),
@@ -23,21 +25,6 @@ KINDS = [
 ]
 FORMS = ["reference", "chunked", "in_forward"]
 EVERYTHING = slice(0, M)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """Memory that nobody wrote reads as NaN."""
-
-    def poisoned(make):
-        def made(*args, **kwargs):
-            buffer = make(*args, **kwargs)
-            return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
-
-        return made
-
-    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 def student(seed=0, dtype=torch.float32):

@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.train.losses import choose_form, linear_loss
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 SETTINGS = {
     "plain": {},
     "temperatures": {"temperatures": (1.0, 2.0)},
@@ -25,21 +27,6 @@ SETTINGS = {
         "softcap": 3.0,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """Memory that nobody wrote reads as NaN."""
-
-    def poisoned(make):
-        def made(*args, **kwargs):
-            buffer = make(*args, **kwargs)
-            return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
-
-        return made
-
-    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 def make(n=7, h=6, v=23, s=6, dtype=torch.float64, seed=0):

@@ -13,6 +13,8 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.train.losses import chunked as chunked_module
 from kdpipe.stages.train.losses import linear_logsumexp_gather
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 N, H, V, S = 5, 7, 23, 6
 SETTINGS = {
     "plain": {},
@@ -28,21 +30,6 @@ SETTINGS = {
         "softcap": 3.0,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """Memory that nobody wrote reads as NaN."""
-
-    def poisoned(make):
-        def made(*args, **kwargs):
-            buffer = make(*args, **kwargs)
-            return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
-
-        return made
-
-    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(autouse=True)
