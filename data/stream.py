@@ -110,7 +110,7 @@ class Stream:
         self._window_parts = window_parts
         self._rank, self._world = rank, world
         self._start = StreamState(digest, seed, 0, 0)
-        self._steps: tuple[int, ...] | None = None
+        self._steps: dict[int, int] = {}
 
     def batches(self, epoch: int) -> list[list[str]]:
         """Global batches of an epoch (counted from 0), the same for every rank."""
@@ -127,17 +127,20 @@ class Stream:
             [self._entries[i].id for i in sorted(batch, key=lambda i: -self._entries[i].length)] for batch in batches
         ]
 
-    @property
-    def steps_per_epoch(self) -> tuple[int, ...]:
-        """Global batches in each epoch; they differ a little, as each epoch packs another order."""
-        if self._steps is None:
-            self._steps = tuple(len(self.batches(epoch)) for epoch in range(self.epochs))
-        return self._steps
+    def steps_in(self, epoch: int) -> int:
+        """Global batches of an epoch; epochs differ a little, as each packs another order."""
+        if epoch not in self._steps:
+            self._steps[epoch] = len(self.batches(epoch))
+        return self._steps[epoch]
 
-    @property
-    def total_steps(self) -> int:
-        """Global batches in all epochs."""
-        return sum(self.steps_per_epoch)
+    def total_steps(self, most: int | None = None) -> int:
+        """Global batches in all epochs, or `most` if there are more; later epochs are then not looked at."""
+        total = 0
+        for epoch in range(self.epochs):
+            total += self.steps_in(epoch)
+            if most is not None and total >= most:
+                return most
+        return total
 
     def resume(self, state: StreamState) -> Stream:
         """Starts the next iteration at a saved state; returns this stream.
@@ -151,10 +154,10 @@ class Stream:
                 f"{self.digest} with seed {self.seed}. Restore them, or remove the checkpoint to start anew."
             )
         past = state.epoch == self.epochs and state.batch == 0
-        if not past and not (0 <= state.epoch < self.epochs and 0 <= state.batch < self.steps_per_epoch[state.epoch]):
+        if not past and not (0 <= state.epoch < self.epochs and 0 <= state.batch < self.steps_in(state.epoch)):
             raise KdpipeError(
-                f"the checkpoint stands at batch {state.batch} of epoch {state.epoch}, which this run does not have "
-                f"(batches in each epoch: {list(self.steps_per_epoch)}). Remove the checkpoint to start anew."
+                f"the checkpoint stands at batch {state.batch} of epoch {state.epoch}, which this run does not have ("
+                f"{self.epochs} epochs). Remove the checkpoint to start anew."
             )
         self._start = state
         return self

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from kdpipe.data.errors import ConfigError, KdpipeError, ManifestError, Rejected
 from kdpipe.data.manifest import check_sample
 from kdpipe.stages.base import Context
+from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.layers import layer_map
 from kdpipe.stages.config import ModelConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
@@ -79,6 +80,7 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
                 f"vocabulary: ids below {shared.valid} shared, {len(shared.masked)} of them masked; "
                 f"{student.head_rows} rows in the student's head, {teacher.head_rows} in the teacher's"
             )
+            block_bounds(shared.valid, config.teachers.tail_blocks)
         with gather():
             layers = layer_map(config.layers, student.layers, teacher.layers)
             text = ", ".join(f"{ours}->{theirs}" for ours, theirs in layers.items())

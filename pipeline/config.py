@@ -20,7 +20,7 @@ from kdpipe.pipeline.strict_yaml import Node, parse, plain
 from kdpipe.stages import config as schema
 from kdpipe.stages.config import Config
 from kdpipe.stages.models.prompt import unknown_fields
-from kdpipe.stages.train.terms import NO_DRAWS
+from kdpipe.stages.train.terms import NO_DRAWS, NO_FLOAT16
 
 _PROMPT_FIELDS = {
     "student.prompt": ("question", "choices"),
@@ -214,6 +214,8 @@ def _relations(config: Config) -> list[str]:
         )
     if train.divergence == "sampled_ce" and not teachers.draws:
         problems.append(NO_DRAWS)
+    if config.student.model.dtype == "float16":
+        problems.append(NO_FLOAT16)
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         problems.append("train.betas: give two numbers, each at least 0 and below 1")
     if not any(dataclasses.astuple(train.weights)):

@@ -31,8 +31,9 @@ from kdpipe.data.store.format import (
 )
 from kdpipe.data.stream import prefetch
 from kdpipe.stages.base import Context, Wanted
+from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.draws import uniforms
-from kdpipe.stages.cache_teachers.head import block_bounds, distribution
+from kdpipe.stages.cache_teachers.head import distribution
 from kdpipe.stages.cache_teachers.parts import building
 from kdpipe.stages.cache_teachers.targets import THREADS
 from kdpipe.stages.config import TeachersConfig

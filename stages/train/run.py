@@ -26,7 +26,7 @@ from kdpipe.stages.train.metrics import read_metrics
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
 from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
-from kdpipe.stages.train.terms import Terms, resolve_terms
+from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
 
 _NEVER_TRAINED = {
     "qwen2_audio": ("audio_tower.embed_positions.",),
@@ -56,14 +56,11 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
     needs = requirements(ctx)
     base, terms = needs.student, resolve_terms(ctx.config, needs)
     if base.settings.dtype == "float16":
-        raise KdpipeError(
-            "student.model.dtype: gradients underflow in float16, and kdpipe does not scale the loss. "
-            "Say bfloat16 or float32."
-        )
+        raise KdpipeError(NO_FLOAT16)
     ledger = plans["cache-teachers"].ledger
     targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
     stream = _stream(config.seed, config.global_batch_tokens, config.window_parts, config.epochs, targets)
-    total = stream.total_steps if config.max_steps is None else min(stream.total_steps, config.max_steps)
+    total = stream.total_steps(config.max_steps)
     samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
     reader = Reader(
         ctx.config,

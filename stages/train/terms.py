@@ -16,6 +16,9 @@ from kdpipe.stages.cache_teachers.requirements import Requirements
 from kdpipe.stages.config import Config, Distance
 from kdpipe.stages.config import Divergence as DivergenceKind
 
+NO_FLOAT16 = (
+    "student.model.dtype: gradients underflow in float16, and kdpipe does not scale the loss. Say bfloat16 or float32."
+)
 NO_DRAWS = (
     "train.divergence: sampled_ce takes the tails from draws, and teachers.draws is 0; "
     "set teachers.draws (32, say), or choose another divergence"

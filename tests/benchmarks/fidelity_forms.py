@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.stages.cache_teachers.head import block_bounds, distribution
+from kdpipe.stages.cache_teachers.blocks import block_bounds
+from kdpipe.stages.cache_teachers.head import distribution
 from kdpipe.stages.models.vocabulary import Alignment
 from kdpipe.stages.train.losses import Distribution
 

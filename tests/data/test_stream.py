@@ -75,7 +75,7 @@ def test_ranks_share_the_same_global_batches(world, options, ranks):
 @given(worlds, settings_of, st.integers(1, 3))
 def test_resuming_after_any_step_gives_the_rest(world, options, ranks):
     whole = list(make(world, **options, rank=ranks - 1, world=ranks))
-    assert len(whole) == make(world, **options).total_steps
+    assert len(whole) == make(world, **options).total_steps()
     for step, (state, _) in enumerate(whole):
         saved = json.loads(json.dumps(state.as_dict()))
         stream = make(world, **options, rank=ranks - 1, world=ranks).resume(StreamState(**saved))
@@ -137,8 +137,9 @@ def test_a_permutation_favours_no_place():
 
 def test_steps_are_counted():
     stream = make(entries({"a": [30, 30, 30, 100], "b": [20] * 4}), epochs=3)
-    assert stream.steps_per_epoch == tuple(len(stream.batches(epoch)) for epoch in range(3))
-    assert stream.total_steps == sum(stream.steps_per_epoch) == len(list(stream))
+    assert [stream.steps_in(epoch) for epoch in range(3)] == [len(stream.batches(epoch)) for epoch in range(3)]
+    assert stream.total_steps() == sum(stream.steps_in(epoch) for epoch in range(3)) == len(list(stream))
+    assert stream.total_steps(5) == 5 and stream.total_steps(10**9) == stream.total_steps()
 
 
 def test_iterating_again_starts_where_the_stream_was_set():
@@ -146,7 +147,7 @@ def test_iterating_again_starts_where_the_stream_was_set():
     assert list(stream) == list(stream)
     stream.resume(next(iter(stream))[0])
     assert list(stream) == list(stream)
-    assert len(list(stream)) == stream.total_steps - 1
+    assert len(list(stream)) == stream.total_steps() - 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.cache_teachers import head
-from kdpipe.stages.cache_teachers.head import block_bounds, distribution
+from kdpipe.stages.cache_teachers.blocks import block_bounds
+from kdpipe.stages.cache_teachers.head import distribution
 from kdpipe.stages.models.vocabulary import Alignment
 
 TEMPERATURES = [0.5, 1.0, 2.0]
@@ -132,6 +133,8 @@ def test_block_bounds_are_classes_of_frequency():
     assert len(block_bounds(487, 16)) == 17
     with pytest.raises(KdpipeError, match="tail_blocks: 12 is too many for 20 shared ids"):
         block_bounds(20, 12)
+    with pytest.raises(KdpipeError, match="is too many for 20 shared ids"):
+        block_bounds(20, 10**12)
 
 
 @pytest.mark.parametrize("k", [1, 16])

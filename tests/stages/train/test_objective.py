@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdpipe.stages.cache_teachers.head import block_bounds, distribution
+from kdpipe.stages.cache_teachers.blocks import block_bounds
+from kdpipe.stages.cache_teachers.head import distribution
 from kdpipe.stages.config import ModelConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.inputs import Batch, Encoder, Example
