@@ -108,6 +108,15 @@ def _state(plan: StagePlan) -> State:
     return "partial" if plan.fresh or plan.rejected else "missing"
 
 
+def _plainly(value: Any) -> str:
+    """What is covered, for people: `none`, `1, 2`, `count 8, k 16`."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
 def _reasons(plan: StagePlan) -> list[str]:
     totals = Counter(want.source for want in plan.wanted)
     lost = plan.ledger.lost_parts()
@@ -128,7 +137,7 @@ def _reasons(plan: StagePlan) -> list[str]:
         elif row.key == want.key:
             for name, value in want.cover.items():
                 if not covers(row.cover, {name: value}):
-                    small[want.source, name][f"{row.cover.get(name)} -> {value}"].append(want.id)
+                    small[want.source, name][f"{_plainly(row.cover.get(name))} -> {_plainly(value)}"].append(want.id)
         else:
             for name in sorted({*row.fields, *want.fields}):
                 old, now = row.fields.get(name, "none"), want.fields.get(name, "none")

@@ -175,7 +175,7 @@ class LayersConfig:
     match: Literal["lens", "hidden"] = "lens"
     """lens: through each model's own final norm and output head; hidden: learned projection, then `distance`."""
     distance: Distance = "cosine"
-    """Distance of projected hidden states (also of the acoustic states)."""
+    """Distance of projected hidden states, and, whatever `match` is, of the acoustic states."""
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,12 @@ class TeachersConfig:
     k: int = bounded(64, 1)
     """Entries kept of each distribution; the rest is its exact tail."""
     draws: int = bounded(0, 0)
-    """Ids drawn from the tail of each distribution, for the divergence `sampled_ce`; 0: none."""
+    """Ids drawn from the tail that this k leaves, at each temperature, for the divergence `sampled_ce`; 0: none."""
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures at which distributions can be used in training; 1 is always among them."""
     tail_blocks: int = bounded(1, 1)
-    """Vocabulary blocks whose tail mass is kept apart (1: one tail)."""
+    """Vocabulary blocks whose tail mass is kept apart: ranges of ids that grow geometrically, the first of at most 256
+    (1: one tail; 8 serve best where the student is far from the teacher, see docs/fidelity.md)."""
     logprob_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the kept log-probabilities."""
     states: Literal["bfloat16", "int8", "float32"] = "bfloat16"
@@ -258,13 +259,14 @@ class TrainConfig:
     beta: float = bounded(0.5, 0.0, 1.0)
     """Mixture weight of `jsd` (0.5: the symmetric one of the paper)."""
     alpha: float = bounded(0.1, 0.0, 0.99)
-    """Skew of `skew_kl` and `skew_reverse_kl`."""
+    """Skew of `skew_kl` and `skew_reverse_kl`, from 0 to 0.99."""
     temperature: float = bounded(1.0, 0.01)
     """Softmax temperature of both; must be one of `teachers.temperatures`."""
     scale_by_temperature_squared: bool = True
     """Multiply divergences by temperature^2, so that gradients keep their size (Hinton et al., 2015)."""
     z_loss: float = bounded(0.0, 0.0)
-    """Weight of the squared log-sum-exp in the cross-entropy, which keeps logits from drifting (PaLM: 1e-4)."""
+    """Weight of the squared log-sum-exp in the cross-entropy, which keeps logits from drifting (PaLM: 1e-4);
+    it counts with `weights.sft`."""
     epochs: int = bounded(3, 1)
     """Passes over the samples."""
     max_steps: int | None = bounded(None, 1)
@@ -300,7 +302,7 @@ class TrainConfig:
     device: Device = execution("auto")
     """auto: a GPU where there is one."""
     head_form: Literal["auto", "reference", "chunked", "triton", "in_forward"] = execution("auto")
-    """How the output head and its losses are computed (docs/losses.md); auto: what measured fastest on the device."""
+    """How the output head and its losses are computed; auto: see docs/losses.md, "Forms"."""
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, more time."""
 

@@ -235,6 +235,8 @@ def write_down(
         scribe_for: makes the scribe of a part from what it stores.
         features: adds the clips' features to a job's example, in threads ahead; None for text.
     """
+    if not jobs:
+        return
     config = ctx.config.teachers
 
     def place(job: Job) -> tuple[str, int, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from kdpipe.data.hashing import digest
 from kdpipe.stages.base import Context, StagePlan, Wanted
+from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.textualize.stage import sample_fields
 
@@ -28,7 +29,7 @@ class CacheTeachers:
     """Targets, and what the teachers know about them."""
 
     name: str = "cache-teachers"
-    version: int = 2
+    version: int = 1
     needs: tuple[str, ...] = (UPSTREAM,)
     whole: bool = False
 
@@ -91,7 +92,8 @@ def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str,
     prompt = {"student.prompt": digest([config.student.system, config.student.prompt])}
     seconds, length = config.data.max_seconds, teachers.max_length
     alignment = {"alignment": digest(needs.alignment)}
-    numerics = {"numerics": digest([teachers.logprob_dtype, teachers.tail_blocks])}
+    blocks = block_bounds(needs.alignment.valid, teachers.tail_blocks) if teachers.tail_blocks > 1 else 1
+    numerics = {"numerics": digest([teachers.logprob_dtype, blocks])}
     fields = {"targets": tokenizer | prompt | alignment | {"limits": digest([length, seconds])}}
     if needs.textual is not None:
         asks = teachers.textual

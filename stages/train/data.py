@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from kdpipe.data.audio import decode
 from kdpipe.data.errors import KdpipeError, Rejected, StoreError
 from kdpipe.data.manifest import Sample
@@ -120,7 +117,7 @@ class Reader:
             for layer in self._lens:
                 prefix = TOP if layer == self._teacher_layers else lens_prefix(layer)
                 textual[layer] = self._distribution(part, row, prefix)
-            states = {layer: _stored(part.states(row, layer)) for layer in self._states}
+            states = {layer: StoredStates.from_store(part.states(row, layer)) for layer in self._states}
         acoustic_top = None
         if self._terms.acoustic_top > 0:
             part, row = self._store.get(sample.id, "acoustic_top")
@@ -128,7 +125,7 @@ class Reader:
         heard: dict[int, StoredStates] = {}
         if self._terms.acoustic_layers:
             part, row = self._store.get(sample.id, "acoustic")
-            heard = {layer: _stored(part.states(row, layer)) for layer in self._terms.acoustic_layers}
+            heard = {layer: StoredStates.from_store(part.states(row, layer)) for layer in self._terms.acoustic_layers}
         return _Read(example, textual, acoustic_top, states, heard)
 
     def _distribution(self, part: PartReader, row: int, prefix: str) -> StoredDistribution:
@@ -170,11 +167,12 @@ class Reader:
     def _collate(self, reads: Sequence[_Read]) -> MicroBatch:
         batch = self._encoder.collate([read.example for read in reads])
         first = reads[0]
-        given = [*first.textual.values(), *([first.acoustic_top] if first.acoustic_top is not None else [])]
+        acoustic_top = [read.acoustic_top for read in reads if read.acoustic_top is not None]
+        given = [*first.textual.values(), *acoustic_top]
         return MicroBatch(
             batch,
-            {layer: _joined([read.textual[layer] for read in reads]) for layer in first.textual},
-            None if first.acoustic_top is None else _joined([r.acoustic_top for r in reads if r.acoustic_top]),
+            {layer: Distribution.from_store([read.textual[layer] for read in reads]) for layer in first.textual},
+            Distribution.from_store(acoustic_top) if acoustic_top else None,
             {layer: StoredStates.joined([r.textual_states[layer] for r in reads]) for layer in first.textual_states},
             {layer: StoredStates.joined([r.acoustic_states[layer] for r in reads]) for layer in first.acoustic_states},
             given[0].block_bounds[:-1] if given else (0,),
@@ -200,27 +198,3 @@ def split_by_padded_size(lengths: Sequence[int], budget: int) -> list[list[int]]
         else:
             groups.append([place])
     return groups
-
-
-def _stored(arrays: Mapping[str, np.ndarray]) -> StoredStates:
-    """States as they lie in the store: decoded where they are compared, a few rows at a time."""
-    codes = torch.from_numpy(arrays["states"])
-    if codes.dtype == torch.uint16:
-        codes = codes.view(torch.bfloat16)
-    return StoredStates(codes, torch.from_numpy(arrays["scale"]) if "scale" in arrays else None)
-
-
-def _joined(given: Sequence[StoredDistribution]) -> Distribution:
-    """Distributions of several samples one after the other."""
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(one, name) for one in given]))
-
-    return Distribution(
-        joined("ids"),
-        joined("logprob"),
-        joined("log_z"),
-        joined("log_tail"),
-        tuple(given[0].temperatures),
-        draws=None if given[0].draws is None else joined("draws"),
-    )

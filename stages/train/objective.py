@@ -74,8 +74,8 @@ class Sums:
         loss: the weighted sum of all terms, a scalar with gradients.
         terms: term to its unweighted sum over tokens (nats, or distance), without gradients; `sft` is always there.
         sources: by source and layer (`top`, `layer/03`, `acoustic/03`, `acoustic_top`; student layers, counted from
-            1), name to a sum over tokens, without gradients: `divergence` with the fields of `Diagnostics`, or
-            `distance`.
+            1), name to a sum over tokens, without gradients: `divergence` (`cross_entropy` where that is taken) with
+            the fields of `Diagnostics`, or `distance`.
     """
 
     loss: torch.Tensor
@@ -218,13 +218,14 @@ class Objective:
             masked_ids=() if self._alignment is None else self._alignment.masked,
             form=self._form,
         )
+        compared_as = "cross_entropy" if compared is not None and compared.kind == "sampled_ce" else "divergence"
         sums, sources = {"sft": result.cross_entropy.sum()}, {}
         for named, value_N, seen in zip(given, result.divergence, result.diagnostics, strict=True):
-            values = {"divergence": value_N.sum(), **_sums(seen)}
+            values = {compared_as: value_N.sum(), **_sums(seen)}
             for name in named:
                 sources[name] = values
                 term = name.split("/")[0]
-                sums[term] = sums.get(term, 0.0) + values["divergence"]
+                sums[term] = sums.get(term, 0.0) + values[compared_as]
         return result.loss, sums, dict(sorted(sources.items()))
 
 

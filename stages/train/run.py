@@ -142,6 +142,8 @@ def _prepare(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = sum(parameter.numel() for parameter in trained.values())
     ctx.say(f"train: {weights:,} weights trained, {frozen:,} frozen, {total} steps on {student.device}")
+    for line in terms.describe():
+        ctx.say(f"train: loss: {line}")
     chosen = "chosen for this device" if config.head_form == "auto" else "as train.head_form says"
     ctx.say(f"train: output head and losses in form {objective.form()} ({chosen})")
     return Optimizer(trained, dict(objective.projections.named_parameters()), config, total), objective

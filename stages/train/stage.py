@@ -17,7 +17,7 @@ from kdpipe.stages.train.terms import resolve_terms
 
 SOURCE = "student"
 _OF_SAMPLE = ("audio", "span", "question", "choices")
-_OBJECTIVE = ("weights", "divergence", "beta", "alpha", "temperature", "scale_by_temperature_squared")
+_OBJECTIVE = ("weights", "divergence", "beta", "alpha", "temperature", "scale_by_temperature_squared", "z_loss")
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ Shape suffixes: N rows (positions), n rows of a chunk, S student width, W teache
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,6 +69,14 @@ class StoredStates:
             part = getattr(self, name)
             if part is not None and tuple(part.shape) != shape:
                 raise KdpipeError(f"{name} of teacher states is {tuple(part.shape)}, expected {shape}.")
+
+    @staticmethod
+    def from_store(arrays: Mapping[str, np.ndarray]) -> StoredStates:
+        """What a part's `PartReader.states` gives, not decoded; bfloat16 comes as its uint16 bits."""
+        codes = torch.from_numpy(arrays["states"])
+        if codes.dtype == torch.uint16:
+            codes = codes.view(torch.bfloat16)
+        return StoredStates(codes, torch.from_numpy(arrays["scale"]) if "scale" in arrays else None)
 
     def __len__(self) -> int:
         return len(self.codes)

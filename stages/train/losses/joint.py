@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Unpack
 
+import numpy as np
 import torch
 
 from kdpipe.data.errors import KdpipeError
+from kdpipe.data.store.reader import StoredDistribution
 from kdpipe.stages.train.losses.divergence import (
     Divergence,
     cross_entropy,
@@ -40,6 +42,7 @@ class Distribution:
         temperatures: the T declared temperatures, 1 among them.
         rows_valid: bool [N], False where this teacher has nothing to say; None: everywhere valid.
         draws: int64 [N, T, D] ids drawn from the tail at each temperature, with repetitions; None without draws.
+        block_bounds: B + 1 ids, the blocks of `log_tail`; None where they are not known, and then not checked.
     """
 
     ids: torch.Tensor
@@ -49,6 +52,21 @@ class Distribution:
     temperatures: tuple[float, ...]
     rows_valid: torch.Tensor | None = None
     draws: torch.Tensor | None = None
+    block_bounds: tuple[int, ...] | None = None
+
+    @staticmethod
+    def from_store(several: Sequence[StoredDistribution]) -> Distribution:
+        """What a part's reader gives for one or more samples, one after the other."""
+        first = several[0]
+
+        def joined(name: str) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([getattr(one, name) for one in several]))
+
+        tensors = {name: joined(name) for name in ("ids", "logprob", "log_z", "log_tail")}
+        draws = None if first.draws is None else joined("draws")
+        return Distribution(
+            **tensors, temperatures=first.temperatures, draws=draws, block_bounds=tuple(first.block_bounds)
+        )
 
     def of_rows(self, rows: slice) -> Distribution:
         """The same at some of its positions."""
@@ -105,10 +123,11 @@ class HeadTerms:
     """The loss of all rows, and the values a row it is made of, in nats, before any weighting.
 
     Attributes:
-        loss: scalar with gradients: label_weight * sum cross-entropy + sum over teachers of
-            weight * sum divergence, each row times its token weight.
-        cross_entropy: float32 [M] without gradients; 0 where the label is -1.
-        divergence: one float32 [N] for each teacher, without gradients; 0 in rows that are not valid.
+        loss: float32 (float64 for float64 inputs) scalar with gradients: label_weight * sum cross-entropy + sum over
+            teachers of weight * sum divergence, each row times its token weight.
+        cross_entropy: float32 [M] without gradients, its z-loss included; 0 where the label is -1.
+        divergence: one float32 [N] for each teacher, without gradients, times T^2 where asked; 0 in rows that are
+            not valid.
         diagnostics: one for each teacher.
     """
 
@@ -168,12 +187,16 @@ def head_terms(
             and missing.
     """
     blocks = settings.get("blocks") or (0,)
+    valid = settings.get("valid_vocab") or len(weight_VH)
+    if tuple(labels_M.shape) != (len(hidden_MH),):
+        raise KdpipeError(f"labels {tuple(labels_M.shape)} do not fit {len(hidden_MH)} rows.")
+    if z_loss < 0:
+        raise KdpipeError(f"z_loss {z_loss:g} is negative.")
     for teacher in teachers:
-        _check_teacher(teacher, len(hidden_MH), len(blocks), divergence)
+        _check_teacher(teacher, len(hidden_MH), (*blocks, valid), divergence)
     _check_weights(label_token_weights, len(hidden_MH), "label_token_weights")
     column = [_temperature_column(teacher.distribution, temperature) for teacher in teachers]
     places, ids_MS = _gather_ids(labels_M, teachers, column if divergence.sampled else None)
-    valid = settings.get("valid_vocab") or len(weight_VH)
     live_B = _ids_in_blocks(blocks, valid, settings.get("masked_ids", ()))
     scale = temperature**2 if t_squared else 1.0
 
@@ -183,7 +206,10 @@ def head_terms(
         lse_1_m = torch.logsumexp(lse_mTB[:, 0], dim=1)
         ce_m = cross_entropy(picked_mS[:, 0].double(), lse_1_m, z_loss).to(picked_mS.dtype)
         ce_m = torch.where(labels_M[rows] >= 0, ce_m, 0.0)
-        total = label_weight * _weighted(ce_m, label_token_weights, rows)
+        # A term of weight 0 is left out: it may be infinite, and 0 times that is no number.
+        total = ce_m.new_zeros(())
+        if label_weight:
+            total = total + label_weight * _weighted(ce_m, label_token_weights, rows)
         outputs = [ce_m]
         for teacher, place in zip(teachers, places, strict=True):
             own, at = _overlap(teacher.rows, rows, len(labels_M))
@@ -198,7 +224,8 @@ def head_terms(
                 temperature,
             )
             value_n = value_n * scale
-            total = total + teacher.weight * _weighted(value_n, teacher.token_weights, own)
+            if teacher.weight:
+                total = total + teacher.weight * _weighted(value_n, teacher.token_weights, own)
             outputs += [value_n, *diagnostics]
         return total, tuple(outputs)
 
@@ -234,7 +261,8 @@ def _overlap(of: slice, rows: slice, count: int) -> tuple[slice, slice]:
     return slice(low - first, high - first), slice(low - rows.start, high - rows.start)
 
 
-def _check_teacher(teacher: TeacherRows, rows: int, block_count: int, divergence: Divergence) -> None:
+def _check_teacher(teacher: TeacherRows, rows: int, bounds: Sequence[int], divergence: Divergence) -> None:
+    block_count = len(bounds) - 1
     given, start_stop = teacher.distribution, teacher.rows.indices(rows)
     n, k = given.ids.shape
     if start_stop[2] != 1 or len(range(*start_stop)) != n:
@@ -250,7 +278,13 @@ def _check_teacher(teacher: TeacherRows, rows: int, block_count: int, divergence
                 f"{name} of a cached teacher is {tuple(getattr(given, name).shape)}, expected {shape} for "
                 f"{n} rows, {k} entries, {len(given.temperatures)} temperatures and {block_count} tail blocks."
             )
+    if given.block_bounds is not None and given.block_bounds != tuple(bounds):
+        raise KdpipeError(
+            f"a teacher's tails are those of the vocabulary blocks {given.block_bounds}, and the head is asked for "
+            f"{tuple(bounds)}: pass its `blocks` (all bounds but the last) and `valid_vocab` (the last)."
+        )
     _check_weights(teacher.token_weights, n, "token_weights of a teacher")
+    _check_weights(given.rows_valid, n, "rows_valid of a teacher")
     if not divergence.sampled:
         return
     if given.draws is None:

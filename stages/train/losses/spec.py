@@ -27,7 +27,7 @@ class HeadSpec:
         bounds: B + 1 ascending ids; block b holds ids `bounds[b] .. bounds[b + 1] - 1`. The last is the number of
             valid rows of the head: what lies beyond is not part of the softmax.
         masked: ascending ids below `bounds[-1]` that are not part of the softmax either.
-        logit_scale: factor of the logits (Granite, Cohere).
+        logit_scale: factor of the logits (Cohere's `logit_scale`; for Granite 1 / `logits_scaling`).
         softcap: bound of the logits (Gemma), or None.
     """
 
@@ -58,7 +58,7 @@ class HeadSettings(TypedDict, total=False):
         valid_vocab: rows of the head that belong to the vocabulary; those beyond are left out. None: all.
         masked_ids: further ids that are left out.
         bias: [V], added before scaling.
-        logit_scale: factor of the logits; 1 by default.
+        logit_scale: factor of the logits (Cohere's `logit_scale`; for Granite 1 / `logits_scaling`); 1 by default.
         softcap: z = softcap * tanh(u / softcap), u the scaled logits; None: none.
     """
 
@@ -118,8 +118,10 @@ def head_spec(
             )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise KdpipeError(f"bias {tuple(bias.shape)} does not fit an output head of {rows} rows.")
-    if not temperatures or not all(0 < t < float("inf") for t in temperatures):
-        raise KdpipeError(f"temperatures {tuple(temperatures)} must be positive, and at least one.")
+    if isinstance(temperatures, float | int) or not temperatures or not all(0 < t < float("inf") for t in temperatures):
+        raise KdpipeError(f"temperatures {temperatures} must be a sequence of positive numbers, and at least one.")
+    if logit_scale == 0 or not abs(logit_scale) < float("inf"):
+        raise KdpipeError(f"logit_scale {logit_scale} must be a number other than 0.")
     if softcap is not None and not softcap > 0:
         raise KdpipeError(f"softcap {softcap} must be positive; None turns it off.")
     valid = rows if valid_vocab is None else valid_vocab

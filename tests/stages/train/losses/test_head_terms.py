@@ -332,6 +332,8 @@ def test_a_masked_row_may_hold_anything(form):
     tokens[2] = 0.0
     got = terms(hidden, weight, labels, [], label_weight=1.0, label_token_weights=tokens, masked_ids=(3,), form=form)
     assert got.cross_entropy[2] == torch.inf and got.loss.isfinite()
+    silent = terms(hidden, weight, labels, [], label_weight=0.0, masked_ids=(3,), form=form)
+    assert float(silent.loss.detach()) == 0, "nor do terms of weight 0"
     teacher = TeacherRows(EVERYTHING, given, token_weights=tokens)
     got = terms(hidden, weight, labels, [teacher], form=form)
     (gradient,) = torch.autograd.grad(got.loss, hidden)
@@ -359,6 +361,12 @@ def test_sampled_cross_entropy(form, temperature):
     assert float((got.divergence[0] - full).abs().max()) < 0.2 and float((got.divergence[0] - full).mean().abs()) < 0.03
 
 
+def test_labels_that_do_not_fit():
+    hidden, weight, labels = student()
+    with pytest.raises(KdpipeError, match=r"labels \(3,\) do not fit 12 rows"):
+        terms(hidden, weight, labels[:3], [])
+
+
 def test_sampled_cross_entropy_needs_draws():
     hidden, weight, labels = student()
     teachers = [TeacherRows(EVERYTHING, cache(teacher_logits(), 4))]
@@ -372,6 +380,9 @@ def test_sampled_cross_entropy_needs_draws():
         ("a teacher of 12 rows stands at rows", slice(0, 5), {}, {}),
         ("logprob of a cached teacher is", EVERYTHING, {"logprob": torch.zeros(M, 3)}, {}),
         ("and 2 tail blocks", EVERYTHING, {}, {"blocks": (0, 9)}),
+        ("pass its `blocks`", EVERYTHING, {"block_bounds": (0, V)}, {"valid_vocab": 45}),
+        ("rows_valid of a teacher", EVERYTHING, {"rows_valid": torch.ones(3, dtype=torch.bool)}, {}),
+        ("z_loss -1 is negative", EVERYTHING, {}, {"z_loss": -1.0}),
         ("temperature 3 is not in the teacher cache", EVERYTHING, {}, {"temperature": 3.0}),
     ],
 )

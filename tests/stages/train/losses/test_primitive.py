@@ -247,7 +247,7 @@ BAD = {
     "ids lie in -2": {"ids": torch.tensor([[0], [-2]])},
     "ids lie in 0..9": {"ids": torch.tensor([[0], [9]])},
     "bias \\(3,\\)": {"bias": torch.zeros(3)},
-    "must be positive": {"temperatures": (1.0, 0.0)},
+    "positive numbers": {"temperatures": (1.0, 0.0)},
     "at least one": {"temperatures": ()},
     "valid_vocab 10": {"valid_vocab": 10},
     "ascend from 0": {"blocks": (0, 4, 4)},
@@ -258,6 +258,8 @@ BAD = {
     "form 'in_forward' needs the loss": {"form": "in_forward"},
     "form 'fast' of the output head": {"form": "fast"},
     "softcap 0": {"softcap": 0.0},
+    "logit_scale 0": {"logit_scale": 0.0},
+    "a sequence of positive": {"temperatures": 1.0},
 }
 
 
