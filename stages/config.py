@@ -210,7 +210,7 @@ class TeachersConfig:
     acoustic: AcousticTeacherConfig = AcousticTeacherConfig()
     k: int = bounded(64, 1)
     """Entries kept of each distribution; the rest is its exact tail."""
-    draws: int = bounded(0, 0)
+    draws: int = bounded(0, 0, 4096)
     """Ids drawn from the tail that this k leaves, at each temperature, for the divergence `sampled_ce`; 0: none."""
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures at which distributions can be used in training; 1 is always among them."""

@@ -45,7 +45,10 @@ def encode_states(states: torch.Tensor, codec: StatesCodec) -> dict[str, np.ndar
     if codec == "float32":
         return {"states": states.float().cpu().numpy()}
     if codec == "bfloat16":
-        return {"states": states.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().view(np.uint16)}
+        states = states.to(torch.bfloat16)
+        if not bool(torch.isfinite(states).all()):
+            raise KdpipeError("hidden states are too large for bfloat16; set `teachers.states: float32`")
+        return {"states": states.cpu().contiguous().view(torch.int16).numpy().view(np.uint16)}
     if codec == "int8":
         states_TH = states.float()
         scale_T = states_TH.abs().amax(dim=1) / 127 if states_TH.shape[1] else states_TH.new_zeros(len(states_TH))

@@ -13,7 +13,7 @@ import torch
 
 from kdpipe.data.hashing import digest
 
-_TABLE_BYTES = 16 << 20  # weights of 8 bytes [r, V] that are held at a time
+_TABLE_BYTES = 16 << 20  # weights of 8 bytes [r, V], or points [r, D], that are held at a time
 
 
 def uniforms(unit: str, prefix: str, tokens: int, temperatures: Sequence[float]) -> np.ndarray:
@@ -59,7 +59,7 @@ def systematic_draws(logits_NV: torch.Tensor, temperature: float, uniform_N: tor
     vocabulary = logits_NV.shape[1]
     unit = 2.0 ** (62 - math.ceil(math.log2(vocabulary)))
     place_D = torch.arange(draws, dtype=torch.float64, device=logits_NV.device)
-    step = max(1, _TABLE_BYTES // (8 * vocabulary))
+    step = max(1, _TABLE_BYTES // (8 * max(vocabulary, draws)))
     found = []
     for logits_rV, uniform_r in zip(logits_NV.split(step), uniform_N.split(step), strict=True):
         peak_r1 = logits_rV.amax(1, keepdim=True)

@@ -11,8 +11,10 @@ the loss is known in the forward pass, `in_forward` does that and saves the seco
 
 What is done to a tile between the products is a `Between`: PyTorch here, Triton kernels in `triton_head`.
 
-Memory beyond inputs and gradients: about two float32 tiles [N, C], one tile [C, H] of the weight where it must be
-widened, and [N, H] in float32 for the gradient of low-precision hidden states (on a CPU for the states too).
+Memory beyond inputs and gradients: about four float32 tiles [N, C] (one of logits, one of exponentials, and the copy in
+float64 that PyTorch sums on a CPU), one more for each further temperature and for a softcap; one tile [C, H] of the
+weight where it must be widened, and [N, H] in float32 for the gradient of low-precision hidden states (on a CPU for the
+states too).
 
 Shape suffixes: N rows (positions), H width, V vocabulary, C columns of a tile, S ids a row, T temperatures,
 B vocabulary blocks, P picks (ids) that fall into a tile.

@@ -135,7 +135,7 @@ def forward_kl(log_p_NM: torch.Tensor, log_q_NM: torch.Tensor) -> torch.Tensor:
 
     Outcomes with p = 0 add nothing. Infinite where p > 0 = q.
     """
-    live = log_p_NM > -torch.inf
+    live = log_p_NM != -torch.inf  # not NaN either: what is broken must show
     log_p = torch.where(live, log_p_NM, 0.0)
     log_q = torch.where(live, log_q_NM, 0.0)
     return torch.where(live, log_p.exp() * (log_p - log_q), 0.0).sum(-1)

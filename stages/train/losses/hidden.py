@@ -154,7 +154,10 @@ def hidden_loss(
         )
 
     def distance(student_nS: torch.Tensor, span: slice) -> torch.Tensor:
-        student_nS, teacher_nW = student_nS.float(), teacher.rows(span)
+        with torch.autocast(student_nS.device.type, enabled=False):
+            return in_float32(student_nS.float(), teacher.rows(span))
+
+    def in_float32(student_nS: torch.Tensor, teacher_nW: torch.Tensor) -> torch.Tensor:
         student_nW = student_nS if projection is None else projection(student_nS)
         if kind == "cosine":
             return 1.0 - F.cosine_similarity(student_nW, teacher_nW, dim=1, eps=EPSILON)

@@ -222,8 +222,9 @@ class _HeadWithLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         factor, gradients = grad_outputs[0], ctx.saved_tensors
-        if float(factor) != 1.0:
-            gradients = [None if gradient is None else gradient * factor.to(gradient.dtype) for gradient in gradients]
+        if (scale := float(factor)) != 1.0:
+            # A Python number is not rounded to the gradient's dtype, in which 65536 may be infinite.
+            gradients = [None if gradient is None else gradient * scale for gradient in gradients]
         return *gradients, None, None, None, None
 
 
@@ -240,5 +241,9 @@ def head_with_loss(
 
     Not differentiable twice.
     """
+    if not torch.is_grad_enabled():
+        # `needs_input_grad` does not know of `no_grad`, and gradients would be made for nobody.
+        hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     value, *outputs = _HeadWithLoss.apply(hidden_NH, weight_VH, bias_V, ids_NS, spec, loss, tile_bytes)  # type: ignore[misc]
     return value, tuple(outputs)

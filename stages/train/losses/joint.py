@@ -207,7 +207,7 @@ def head_terms(
         ce_m = cross_entropy(picked_mS[:, 0].double(), lse_1_m, z_loss).to(picked_mS.dtype)
         ce_m = torch.where(labels_M[rows] >= 0, ce_m, 0.0)
         # A term of weight 0 is left out: it may be infinite, and 0 times that is no number.
-        total = ce_m.new_zeros(())
+        total = 0.0 * picked_mS[:0].sum()
         if label_weight:
             total = total + label_weight * _weighted(ce_m, label_token_weights, rows)
         outputs = [ce_m]
@@ -357,7 +357,7 @@ def _teacher_term(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Divergence [N] from a teacher, and its diagnostics in the order of `Diagnostics`."""
     log_p_NK = teacher_at_temperature(given.logprob, given.log_z, given.temperatures, temperature)
-    present_NK = (given.ids >= 0) & (log_p_NK > -torch.inf)
+    present_NK = (given.ids >= 0) & (log_p_NK != -torch.inf)
     valid_N = present_NK.any(1) if given.rows_valid is None else given.rows_valid
     if divergence.sampled and given.rows_valid is None:
         valid_N = torch.ones_like(valid_N)

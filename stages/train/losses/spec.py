@@ -122,7 +122,7 @@ def head_spec(
         raise KdpipeError(f"temperatures {temperatures} must be a sequence of positive numbers, and at least one.")
     if logit_scale == 0 or not abs(logit_scale) < float("inf"):
         raise KdpipeError(f"logit_scale {logit_scale} must be a number other than 0.")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < float("inf"):
         raise KdpipeError(f"softcap {softcap} must be positive; None turns it off.")
     valid = rows if valid_vocab is None else valid_vocab
     if not 0 < valid <= rows:

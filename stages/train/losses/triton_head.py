@@ -40,7 +40,11 @@ def _logits(
     if CAP:
         x = z / softcap
         shrunk = tl.exp(-2.0 * tl.abs(x))
-        z = tl.where(x < 0, -softcap, softcap) * (1.0 - shrunk) / (1.0 + shrunk)
+        far = tl.where(x < 0, -softcap, softcap) * (1.0 - shrunk) / (1.0 + shrunk)
+        # 1 - shrunk cancels near 0; the series of tanh is off by less than 2e-9 there.
+        x2 = x * x
+        near = z * (1.0 - x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0))))
+        z = tl.where(tl.abs(x) < 0.125, near, far)
     if MASK:
         inside = inside & (tl.load(masked_ptr + column, mask=inside, other=1) == 0)
     return tl.where(inside, z, float("-inf"))
@@ -51,7 +55,8 @@ def _slope(z, largest, factors_ptr, relative_ptr, temperature_ptr, stride, T: tl
     """sum_T scale * exp((z - largest) / T - relative) for logits z, before picks are added."""
     total = tl.zeros_like(z)
     for t in tl.static_range(T):
-        shifted = (z - largest) / tl.load(temperature_ptr + t) - tl.load(relative_ptr + t * stride)
+        temperature = tl.load(temperature_ptr + t).to(tl.float32)
+        shifted = (z - largest) / temperature - tl.load(relative_ptr + t * stride)
         total += tl.load(factors_ptr + t * stride) * tl.exp(shifted)
     return total
 
@@ -94,8 +99,8 @@ def _reduce_kernel(
             inside = column < columns
             u = tl.load(u_ptr + column, mask=inside, other=0.0)
             z = _logits(u, bias_ptr, masked_ptr, column, inside, logit_scale, softcap, BIAS, CAP, MASK)
-            sums += tl.exp((z - peak) / temperature).to(tl.float64)
-        new = tl.log(tl.sum(sums, 0)) + peak.to(tl.float64) / temperature.to(tl.float64)
+            sums += tl.exp((z - peak) / temperature.to(tl.float32)).to(tl.float64)
+        new = tl.log(tl.sum(sums, 0)) + peak.to(tl.float64) / temperature
         place = lse_ptr + row * lse_row + t * lse_t
         old = tl.load(place)
         high = tl.maximum(old, new)
@@ -173,13 +178,16 @@ class TritonBetween:
 
     def __init__(self, ids_NS: torch.Tensor, bias_V: torch.Tensor | None, spec: HeadSpec, tiles: Sequence[Tile]):
         device = ids_NS.device
-        self._ids_NS, self._bias_V, self._spec = ids_NS.contiguous(), bias_V, spec
+        # The kernels count on dense memory. The ids are a copy: nobody may change them before the backward pass.
+        self._ids_NS = ids_NS.clone(memory_format=torch.contiguous_format)
+        self._bias_V, self._spec = None if bias_V is None else bias_V.contiguous(), spec
         self._masked_V = torch.zeros(spec.valid if spec.masked else 1, dtype=torch.int8, device=device)
         if spec.masked:
             self._masked_V[torch.tensor(spec.masked, device=device)] = 1
-        self._temperature_T = torch.tensor(spec.temperatures, dtype=torch.float32, device=device)
+        # float64: peak / T must be the same number here and where the losses divide a picked logit by T.
+        self._temperature_T = torch.tensor(spec.temperatures, dtype=torch.float64, device=device)
         self._unique: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._unique_of: torch.Tensor | None = None
+        self._unique_of: Slopes | None = None
 
     def _pointers(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """Bias and mask from the tile's first column on; any tensor stands in for one that is not read."""
@@ -216,9 +224,9 @@ class TritonBetween:
         out_NC = torch.empty(u_NC.shape, dtype=dtype, device=u_NC.device)
         if not rows:
             return out_NC
-        if self._unique is None or self._unique_of is not slopes.picked_NS:
+        if self._unique is None or self._unique_of is not slopes:
             self._unique = unique_picks(self._ids_NS, slopes.picked_NS)
-            self._unique_of = slopes.picked_NS
+            self._unique_of = slopes
         ids_NS, values_NS = self._unique
         relative_NT, scale_NT = slopes.relative_NTB[:, :, tile.block], slopes.scale_NTB[:, :, tile.block]
         shared = (u_NC, *self._pointers(tile), self._temperature_T, slopes.largest_N, relative_NT, scale_NT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -334,6 +335,7 @@ def test_a_masked_row_may_hold_anything(form):
     assert got.cross_entropy[2] == torch.inf and got.loss.isfinite()
     silent = terms(hidden, weight, labels, [], label_weight=0.0, masked_ids=(3,), form=form)
     assert float(silent.loss.detach()) == 0, "nor do terms of weight 0"
+    assert all((g == 0).all() for g in torch.autograd.grad(silent.loss, (hidden, weight)))
     teacher = TeacherRows(EVERYTHING, given, token_weights=tokens)
     got = terms(hidden, weight, labels, [teacher], form=form)
     (gradient,) = torch.autograd.grad(got.loss, hidden)
@@ -359,6 +361,17 @@ def test_sampled_cross_entropy(form, temperature):
     assert_same_loss(got.loss, want.float(), (hidden, weight), 2e-5)
     full = -(log_p.exp() * log_q).sum(1).detach()
     assert float((got.divergence[0] - full).abs().max()) < 0.2 and float((got.divergence[0] - full).mean().abs()) < 0.03
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["logprob", "log_tail"])
+def test_a_broken_teacher_shows(name, value):
+    """NaN where the teacher says something is no divergence of 0."""
+    hidden, weight, labels = student()
+    given = cache(teacher_logits(), 4)
+    broken = dataclasses.replace(given, **{name: torch.full_like(getattr(given, name), value)})
+    for divergence in KINDS:
+        assert terms(hidden, weight, labels, [TeacherRows(EVERYTHING, broken)], divergence).loss.isnan()
 
 
 def test_labels_that_do_not_fit():

@@ -46,8 +46,8 @@ def test_kernels_on_the_device() -> None:
 
 
 POINTERS = {
-    "*fp32": ("u_ptr", "temperature_ptr", "largest_ptr", "picked_ptr", "relative_ptr", "factors_ptr", "values_ptr"),
-    "*fp64": ("lse_ptr",),
+    "*fp32": ("u_ptr", "largest_ptr", "picked_ptr", "relative_ptr", "factors_ptr", "values_ptr"),
+    "*fp64": ("lse_ptr", "temperature_ptr"),
     "*bf16": ("bias_ptr", "out_ptr"),
     "*i64": ("ids_ptr",),
     "*i8": ("masked_ptr",),

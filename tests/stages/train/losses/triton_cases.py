@@ -90,20 +90,53 @@ def test_frozen_weight_and_non_contiguous_inputs():
     torch.testing.assert_close(gradients(got, [hidden]), gradients(want, [hidden]))
 
 
-def test_small_tails():
-    """What the kept ids leave of a confident student, to 1e-3 down to a tail of 1e-4."""
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_small_tails(temperature):
+    """What the kept ids leave of a confident student, to 1e-3 down to a tail of 1e-4; 0.7 is no float32 number."""
     generator = torch.Generator().manual_seed(0)
-    for tail in (1e-2, 1e-3, 1e-4):
+    for tail in (1e-2, 3e-3, 1e-3, 1e-4):
         logits = torch.randn(8, 400, generator=generator, dtype=torch.float64)
         logits[:, :3] += 30
         logits[:, 3:] += 30 + torch.tensor(tail / 397 * 3).log()
         hidden = torch.eye(8, device=DEVICE)
         weight = logits.T.float().contiguous().to(DEVICE)
         ids = torch.arange(3, device=DEVICE).expand(8, 3).contiguous()
-        lse, picked = linear_logsumexp_gather(hidden, weight, ids, lse_dtype=torch.float64, form="triton")
-        got = 1 - (picked.double() - lse).exp().sum(1)
-        p = weight.double().T.softmax(1)
-        torch.testing.assert_close(got, p[:, 3:].sum(1), rtol=1e-3, atol=0)
+        settings = {"temperatures": (temperature,), "lse_dtype": torch.float64, "form": "triton"}
+        lse, picked = linear_logsumexp_gather(hidden, weight, ids, **settings)
+        got = 1 - (picked.double() / temperature - lse).exp().sum(1)
+        p = (weight.double().T / temperature).softmax(1)
+        torch.testing.assert_close(got, p[:, 3:].sum(1), rtol=1e-3, atol=5e-8)
+
+
+def test_a_bias_that_is_not_dense():
+    (hidden, weight, bias), ids = make(3, 6, 23, 4, torch.float32)
+    spread = torch.stack([bias.detach(), bias.detach() + 9], 1)[:, 0]
+    for given in (spread, torch.tensor([1.5], device=DEVICE).expand(23)):
+        assert not given.is_contiguous()
+        got, want = (
+            linear_logsumexp_gather(hidden, weight, ids, bias=given, form=form, chunk_bytes=1)
+            for form in ("triton", "reference")
+        )
+        torch.testing.assert_close(got, want)
+
+
+def test_backward_twice_and_ids_that_change_in_between():
+    (hidden, weight, _), ids = make(3, 6, 23, 4, torch.float32)
+    results = []
+    for form in ("triton", "reference"):
+        own = ids.clone()
+        lse, picked = linear_logsumexp_gather(hidden, weight, own, form=form, chunk_bytes=1)
+        if form == "triton":
+            own.fill_(0)
+        slope = torch.ones_like(picked)
+        grads = []
+        for _ in range(2):
+            grads += torch.autograd.grad(
+                [lse, picked], [hidden, weight], [torch.ones_like(lse), slope], retain_graph=True
+            )
+            slope.mul_(-3)
+        results.append(grads)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
