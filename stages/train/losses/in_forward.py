@@ -30,7 +30,7 @@ from kdpipe.stages.train.losses.spec import HeadSpec, accumulator, operand_dtype
 TILE_BYTES_CPU = 128 * 2**20
 TILE_BYTES_GPU = 512 * 2**20
 # What lies between the products is done in stripes of a tile, which stay in a CPU's cache.
-STRIPE_BYTES = 2**20
+STRIPE_BYTES = 2 * 2**20
 # A low-precision weight is widened, and its gradient added to, in slices.
 SLICE_BYTES = 32 * 2**20
 
