@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -76,6 +78,12 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         ctx.recheck([samples[want.id] for want in plan.wanted])
 
     place = Place(ctx.folder(STAGE.name), ctx.tmp(STAGE.name), student_identity(plan), ctx.say, recheck)
+    if any(row.content != place.identity for row in ctx.ledger(STAGE.name).rows()):
+        cache = shlex.quote(os.path.relpath(ctx.cache_folder, ctx.base))
+        ctx.say(
+            f"train: the student in {place.folder / SOURCE} was trained otherwise and will be replaced; to keep it, "
+            f"train this one with --set run.folder=NAME --set run.cache={cache}"
+        )
     with _reproducible(config.seed):
         student = load_model(base, device=config.device, train=True)
         optimizer, objective = _prepare(ctx, student, terms, needs, total)

@@ -117,7 +117,7 @@ def test_missing_sections_are_named(tmp_path):
     [
         ("train: {temperature: 2}", "train.temperature 2 is not cached; add it to teachers.temperatures"),
         ("train: {weights: {top: 0, layer: 0, acoustic: 0, sft: 0}}", "all are zero"),
-        ("train: {head_form: triton, device: cpu}", "triton needs the package triton and a CUDA device"),
+        ("train: {head_form: triton, device: cpu}", "triton needs a CUDA device and train.device is cpu"),
         ("train: {divergence: sampled_ce}", "teachers.draws is 0; set teachers.draws"),
         ("layers: {mode: map}", "give at least one"),
         ("layers: {map: {1: 2}}", "set layers.mode: map"),

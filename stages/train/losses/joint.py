@@ -199,6 +199,7 @@ def head_terms(
     places, ids_MS = _gather_ids(labels_M, teachers, column if divergence.sampled else None)
     live_B = _ids_in_blocks(blocks, valid, settings.get("masked_ids", ()))
     scale = temperature**2 if t_squared else 1.0
+    width = 1 + len(fields(Diagnostics))  # outputs of a teacher
 
     def loss(
         lse_mTB: torch.Tensor, picked_mS: torch.Tensor, rows: slice
@@ -213,6 +214,9 @@ def head_terms(
         outputs = [ce_m]
         for teacher, place in zip(teachers, places, strict=True):
             own, at = _overlap(teacher.rows, rows, len(labels_M))
+            if own.start == own.stop:
+                outputs += [ce_m.new_zeros(0)] * width
+                continue
             value_n, diagnostics = _teacher_term(
                 teacher.distribution.of_rows(own),
                 picked_mS[at, place.kept],
@@ -239,7 +243,6 @@ def head_terms(
         form=form,
         **settings,
     )
-    width = 1 + len(fields(Diagnostics))
     groups = [outputs[start : start + width] for start in range(1, len(outputs), width)]
     return HeadTerms(
         total, outputs[0], tuple(group[0] for group in groups), tuple(Diagnostics(*group[1:]) for group in groups)

@@ -161,6 +161,7 @@ def test_a_crash_between_student_and_ledger_leaves_no_rows_of_the_old_student(
 
     run = cached("SFT only", samples=4).elsewhere("crash", max_steps=1)
     run.train()
+    assert not any("will be replaced" in line for line in run.said)
     true = module.move_into_place
 
     def crashing(built: Any, target: Any) -> None:
@@ -170,6 +171,8 @@ def test_a_crash_between_student_and_ledger_leaves_no_rows_of_the_old_student(
     monkeypatch.setattr(module, "move_into_place", crashing)
     with pytest.raises(OSError, match="power lost"):
         run.train(learning_rate=1e-4)
+    (warned,) = [line for line in run.said if "will be replaced" in line]
+    assert "--set run.folder=NAME --set run.cache=." in warned
     run.config = replace(run.config, train=replace(run.config.train, learning_rate=2e-3))
     assert run.student.exists() and _stale(run) == {"s00", "s01", "s02", "s03"}
 
