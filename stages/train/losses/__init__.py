@@ -1,8 +1,8 @@
 """The loss: every term of a training step from one pass over the output head.
 
 `head` has the primitive and its forms (`reference`, `chunked`, `triton_head`, `in_forward`), `divergence` what is made
-of its results, `joint` all terms of a step together, `hidden` the distances of hidden states. docs/losses.md has the
-mathematics.
+of its results, `teacher` one cached teacher, `joint` all terms of a step together, `hidden` the distances of hidden
+states. docs/losses.md has the mathematics.
 """
 
 from kdpipe.stages.train.losses.divergence import (
@@ -20,7 +20,8 @@ from kdpipe.stages.train.losses.divergence import (
 )
 from kdpipe.stages.train.losses.head import Form, choose_form, linear_logsumexp_gather, linear_loss
 from kdpipe.stages.train.losses.hidden import Projection, StoredStates, hidden_loss
-from kdpipe.stages.train.losses.joint import Diagnostics, Distribution, HeadTerms, TeacherRows, head_terms
+from kdpipe.stages.train.losses.joint import HeadTerms, head_terms
+from kdpipe.stages.train.losses.teacher import Diagnostics, Distribution, TeacherRows
 
 __all__ = [
     "Diagnostics",

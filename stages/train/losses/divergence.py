@@ -61,15 +61,20 @@ def teacher_at_temperature(
     Raises:
         KdpipeError: the temperature was not declared when the cache was made.
     """
-    column = _declared(temperatures, temperature)
+    column = declared_column(temperatures, temperature)
     if temperature == 1.0:
         return logprob_1_NK.float()
     log_z_NT = log_z_NT.double()
-    logit_NK = logprob_1_NK.double() + log_z_NT[:, _declared(temperatures, 1.0), None]
+    logit_NK = logprob_1_NK.double() + log_z_NT[:, declared_column(temperatures, 1.0), None]
     return (logit_NK / temperature - log_z_NT[:, column, None]).float()
 
 
-def _declared(temperatures: Sequence[float], temperature: float) -> int:
+def declared_column(temperatures: Sequence[float], temperature: float) -> int:
+    """Place of a temperature among those that a cache was made for.
+
+    Raises:
+        KdpipeError: it is not among them.
+    """
     if temperature not in temperatures:
         raise KdpipeError(
             f"temperature {temperature:g} is not in the teacher cache, which was made for "

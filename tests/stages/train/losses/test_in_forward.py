@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.train.losses import choose_form, linear_loss
@@ -95,9 +93,9 @@ def test_no_rows_and_nothing_to_differentiate():
     torch.testing.assert_close(value, run(leaves, ids, "reference")[0].detach())
 
 
-def test_without_gradients_none_are_made():
+def test_without_gradients_none_are_made(recorder):
     leaves, ids = make()
-    with torch.no_grad(), Recorder() as seen:
+    with torch.no_grad(), recorder() as seen:
         run(leaves, ids)
     assert seen.products == 1
 
@@ -169,35 +167,21 @@ def test_weight_gradient_is_accumulated_in_float32():
     assert gradient.dtype == torch.bfloat16 and (gradient == 512).all()
 
 
-class Recorder(TorchDispatchMode):
-    """The largest tensor that any operation returned, and how many matrix products there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.products += func.name().startswith(("aten::mm", "aten::addmm"))
-        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
-        return result
-
-
-def test_never_holds_more_than_the_stated_tile():
+def test_never_holds_more_than_the_stated_tile(recorder):
     n, h, v = 64, 8, 4096
     leaves, ids = make(n, h, v, dtype=torch.float32)
     rows = 5
-    with Recorder() as seen:
+    with recorder() as seen:
         value, _ = run(leaves, ids, chunk_bytes=rows * v * 4 * 2, temperatures=(1.0, 2.0), blocks=(0, 999))
         torch.autograd.grad(value, leaves)
     assert v * h < n * v and seen.largest <= max(rows * v, v * h)
 
 
-def test_three_products_and_two_with_a_frozen_weight():
+def test_three_products_and_two_with_a_frozen_weight(recorder):
     leaves, ids = make(4, v=16)
     for frozen, products in ((False, 3), (True, 2)):
         weight = leaves[1].detach().requires_grad_(not frozen)
-        with Recorder() as seen:
+        with recorder() as seen:
             linear_loss(leaves[0], weight, ids, curved(), form="in_forward")[0].backward()
         assert seen.products == products and (weight.grad is None) == frozen
 

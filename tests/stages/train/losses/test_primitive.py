@@ -6,8 +6,6 @@ from itertools import product
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.train.losses import chunked as chunked_module
@@ -202,38 +200,23 @@ def test_autocast_does_not_lower_the_precision():
         assert torch.equal(a, b)
 
 
-class Recorder(TorchDispatchMode):
-    """The largest tensor that any operation returned, and how many matrix products there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.products += func.name().startswith(("aten::mm", "aten::addmm"))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return result
-
-
-def test_never_holds_rows_by_vocabulary():
+def test_never_holds_rows_by_vocabulary(recorder):
     n, h, v = 64, 8, 4096
     hidden, weight, bias, ids = make(7, dtype=torch.float32, n=n, h=h, v=v)
     tile_bytes = n * 512 * 4
     for form, bound in [("chunked", max(n * 512, v * h)), ("reference", None)]:
-        with Recorder() as seen:
+        with recorder() as seen:
             lse, picked = outputs(hidden, weight, bias, ids, form, tile_bytes, temperatures=(1.0, 2.0), blocks=(0, 999))
             gradients((lse, picked), (hidden, weight, bias))
         assert seen.largest <= bound if bound else seen.largest >= n * v
 
 
-def test_frozen_weight_costs_nothing():
+def test_frozen_weight_costs_nothing(recorder):
     hidden, weight, _, ids = make(8, n=4, v=16)
     counts = []
     for frozen in (False, True):
         w = weight.detach().requires_grad_(not frozen)
-        with Recorder() as seen:
+        with recorder() as seen:
             lse, picked = outputs(hidden, w, None, ids, chunk_bytes=2**20)
             (lse.sum() + picked.sum()).backward()
         counts.append(seen.products)
