@@ -190,6 +190,8 @@ class TextualTeacherConfig:
     """User text. Fields: description, question, choices."""
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking: false} for Qwen3."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs it. vllm (`prompt_logprobs`) serves the last layer at temperature 1 alone; see docs/format.md."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,12 @@ class TeachersConfig:
     textual: TextualTeacherConfig
     acoustic: AcousticTeacherConfig = AcousticTeacherConfig()
     k: int = bounded(64, 1)
-    """Entries kept of each distribution; the rest is its exact tail."""
+    """Entries kept of each distribution; the rest is its exact tail. With `mass`, the most entries."""
+    mass: float | None = bounded(None, 0.0, 1.0)
+    """Keep of each distribution only as many of the likeliest entries as reach this mass (0.99, say), at most k and at
+    least `min_k`; None keeps k of each."""
+    min_k: int = bounded(1, 1)
+    """With `mass`: the fewest entries."""
     draws: int = bounded(0, 0, 4096)
     """Ids drawn from the tail that this k leaves, at each temperature, for the divergence `sampled_ce`; 0: none."""
     temperatures: tuple[float, ...] = (1.0,)
@@ -217,10 +224,13 @@ class TeachersConfig:
     tail_blocks: int = bounded(1, 1)
     """Vocabulary blocks whose tail mass is kept apart: ranges of ids that grow geometrically, the first of at most 256
     (1: one tail; 8 serve best where the student is far from the teacher, see docs/fidelity.md)."""
-    logprob_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the kept log-probabilities."""
-    states: Literal["bfloat16", "int8", "float32"] = "bfloat16"
-    """Codec of hidden states; its measured fidelity is stored with them."""
+    logprob_dtype: Literal["float16", "float32", "uint8"] = "float16"
+    """Precision of the kept log-probabilities and of the tails; uint8: 256 steps from a token's largest to its smallest
+    kept log-probability, and float16 tails."""
+    states: Literal["bfloat16", "int8", "fp8", "low_rank", "low_rank_int8", "float32"] = "bfloat16"
+    """Codec of hidden states; its measured fidelity is stored with them. docs/format.md compares them."""
+    rank: int = bounded(256, 1)
+    """Numbers a token and layer in the codecs `low_rank` and `low_rank_int8`."""
     max_length: int = bounded(4096, 16)
     """Longest sequence in tokens (audio, prompt and response); longer samples are rejected."""
     batch_tokens: int = bounded(16384, 1, how=True)
@@ -231,6 +241,10 @@ class TeachersConfig:
     """Samples written and committed together."""
     device: Device = execution("auto")
     """auto: a GPU where there is one."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = execution(None)
+    """Spread the layers of a teacher over all GPUs of this machine, as transformers' `device_map` does; None: one."""
+    tensor_parallel_size: int = bounded(1, 1, how=True)
+    """Processes, one a GPU, that each hold a share of every layer, as the model's tensor-parallel plan says."""
 
 
 @dataclass(frozen=True)
