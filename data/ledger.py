@@ -10,9 +10,11 @@ A folder has one committer at a time (the run's lock sees to that).
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,8 @@ from kdpipe.data.hashing import digest, digest_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_KEPT_MANIFESTS = 2
 _CHECKSUM = b"kdpipe.digest"
+_WRITTEN_BY = b"kdpipe.written_by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +138,15 @@ class Ledger:
             new_rows.pop((reject.id, reject.source), None)
         for name, path in (built or {}).items():
             move_into_place(path, self.parts / name)
-        new_digest = digest(
-            sorted(
-                (r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, dict(r.cover), r.content)
-                for r in new_rows.values()
-            )
-        )
+        new_digest = rows_digest(new_rows.values())
         manifest = self.folder / "manifests" / f"{new_digest}.parquet"
         moved = new_digest != self.digest or not manifest.exists()
         if moved:
-            self._write_table(manifest, _rows_table(new_rows.values()))
+            _write_table(manifest, _rows_table(new_rows.values()), self.tmp)
         if new_rejects != self._rejects:
-            self._write_table(self.folder / "rejects.parquet", _rejects_table(new_rejects.values()))
+            _write_table(self.folder / "rejects.parquet", _rejects_table(new_rejects.values()), self.tmp)
         if moved:
-            head = f"{new_digest} {digest_file(manifest)}\n"
-            write_atomically(self.folder / "HEAD", lambda path: path.write_text(head), self.tmp)
+            write_head(self.folder, manifest, self.tmp)
         self.digest, self._rows, self._rejects = new_digest, new_rows, new_rejects
         self._prune_manifests()
 
@@ -172,24 +168,11 @@ class Ledger:
         used = {row.part for row in self._rows.values()}
         return sorted(path for path in self.parts.glob("*") if path.name not in used)
 
-    def _write_table(self, target: Path, table: pa.Table) -> None:
-        import pyarrow.parquet as pq
-
-        write_atomically(target, lambda path: pq.write_table(table, path, write_page_checksum=True), self.tmp)
-
-    def _read_table(self, path: Path) -> pa.Table:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            return pq.read_table(path, page_checksum_verification=True)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise self._damaged(path, str(error)) from None
-
     def _damaged(self, path: Path, why: str) -> StoreError:
+        mend = "run `kdpipe cache verify`, which mends it, or " if self.folder.name == "cache-teachers" else ""
         return StoreError(
             f"{path}: cannot be read ({why}). Remove {self.folder} to build this stage anew, "
-            "or restore the file from a copy."
+            f"{mend}restore the file from a copy."
         )
 
     def _load_current_rows(self) -> tuple[str | None, dict[tuple[str, str], Row]]:
@@ -218,41 +201,145 @@ class Ledger:
             raise self._damaged(manifest, f"{error}; {head} points to it") from None
         if found != checksum:
             raise self._damaged(manifest, f"its content is not what {head} says")
-        columns = self._read_table(manifest).to_pydict()
-        parsed: dict[str, dict[str, str]] = {}
-        rows = {}
-        for values in zip(*(columns[name] for name in _ROW_COLUMNS), strict=True):
-            sample, source, key, fields, part, place, tokens, length, content, cover = values
-            for text in (fields, cover):
-                if text not in parsed:
-                    parsed[text] = json.loads(text)
-            rows[sample, source] = Row(
-                sample, source, key, parsed[fields], part, place, tokens, length, content, parsed[cover]
-            )
-        return name, rows
+        try:
+            return name, {(row.id, row.source): row for row in read_rows(manifest)}
+        except ValueError as error:
+            raise self._damaged(manifest, str(error)) from None
 
     def _load_rejects(self) -> dict[tuple[str, str], Reject]:
         path = self.folder / "rejects.parquet"
         if not path.exists():
             return {}
-        table = self._read_table(path)
         try:
-            rejects = [Reject(**row) for row in table.to_pylist()]
-            found = digest(rejects)
-        except (TypeError, ValueError) as error:
+            return {(reject.id, reject.source): reject for reject in read_rejects(path)}
+        except ValueError as error:
             raise self._damaged(path, str(error)) from None
-        if (table.schema.metadata or {}).get(_CHECKSUM) != found.encode():
-            raise self._damaged(path, "its rows do not match their digest")
-        return {(reject.id, reject.source): reject for reject in rejects}
 
     def _prune_manifests(self) -> None:
-        manifests = sorted((self.folder / "manifests").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)
-        for path in manifests[:-_KEPT_MANIFESTS]:
-            if path.stem != self.digest:
-                remove(path)
+        """Removes all manifests but the current one: nothing proves an old one whole."""
+        for path in old_manifests(self.folder, self.digest):
+            remove(path)
 
 
 _ROW_COLUMNS = ("id", "source", "key", "fields", "part", "row", "tokens", "length", "content", "cover")
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """Digest of rows in any order: the name of their manifest."""
+    return digest(
+        sorted((r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, dict(r.cover), r.content) for r in rows)
+    )
+
+
+def old_manifests(folder: Path, current: str | None) -> list[Path]:
+    """Manifests of a stage folder other than the one named `current`."""
+    return sorted(path for path in (folder / "manifests").glob("*.parquet") if path.stem != current)
+
+
+def head_text(manifest: Path) -> str:
+    """What `HEAD` holds where it points to a manifest."""
+    return f"{manifest.stem} {digest_file(manifest)}\n"
+
+
+def write_head(folder: Path, manifest: Path, tmp: Path) -> None:
+    """Points `HEAD` of a stage folder to a manifest in it."""
+    text = head_text(manifest)
+    write_atomically(folder / "HEAD", lambda path: path.write_text(text), tmp)
+
+
+def read_rows(manifest: Path) -> list[Row]:
+    """The rows of a manifest file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    columns = _read_table(manifest).to_pydict()
+    parsed: dict[str, dict[str, str]] = {}
+    rows = []
+    try:
+        for values in zip(*(columns[name] for name in _ROW_COLUMNS), strict=True):
+            sample, source, key, fields, part, place, tokens, length, content, cover = values
+            for text in (fields, cover):
+                if text not in parsed:
+                    parsed[text] = json.loads(text)
+            rows.append(Row(sample, source, key, parsed[fields], part, place, tokens, length, content, parsed[cover]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a manifest: {error!r}") from None
+    return rows
+
+
+def read_rejects(path: Path) -> list[Reject]:
+    """The rows of `rejects.parquet`, proven by their digest.
+
+    Raises:
+        ValueError: it cannot be read, or its rows are not what was written.
+    """
+    table = _read_table(path)
+    try:
+        rejects = [Reject(**row) for row in table.to_pylist()]
+        found = digest(rejects)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    if (table.schema.metadata or {}).get(_CHECKSUM) != found.encode():
+        raise ValueError("its rows do not match their digest")
+    return rejects
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a manifest or `rejects.parquet` is, byte by byte, what its rows are written as.
+
+    Finds what no checksum in a Parquet file covers. A file by another pyarrow than the installed one cannot be compared
+    and counts as written so, provided it says the same of its writer in both places.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    table = _read_table(path)
+    metadata = table.schema.metadata or {}
+    try:
+        by = pq.read_metadata(path).created_by
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error)) from None
+    if metadata.keys() - {_CHECKSUM, _WRITTEN_BY}:
+        return False
+    if by != _this_writer():
+        return metadata.get(_WRITTEN_BY, by.encode()) == by.encode()
+    return _table_bytes(table) == path.read_bytes()
+
+
+def _table_bytes(table: pa.Table) -> bytes:
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(table, file, write_page_checksum=True)
+    return file.getvalue()
+
+
+@lru_cache(maxsize=1)
+def _this_writer() -> str:
+    """What the installed pyarrow calls itself in the files it writes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(io.BytesIO(_table_bytes(pa.table({})))).created_by
+
+
+def _write_table(target: Path, table: pa.Table, tmp: Path) -> None:
+    import pyarrow.parquet as pq
+
+    write_atomically(target, lambda path: pq.write_table(table, path, write_page_checksum=True), tmp)
+
+
+def _read_table(path: Path) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
 
 
 def _rows_table(rows: Iterable[Row]) -> pa.Table:
@@ -281,4 +368,4 @@ def _rejects_table(rejects: Iterable[Reject]) -> pa.Table:
     ordered = sorted(rejects, key=lambda reject: (reject.id, reject.source))
     names = ("id", "source", "key", "reason", "detail")
     table = pa.table({name: pa.array([getattr(r, name) for r in ordered], pa.string()) for name in names})
-    return table.replace_schema_metadata({_CHECKSUM: digest(ordered).encode()})
+    return table.replace_schema_metadata({_CHECKSUM: digest(ordered).encode(), _WRITTEN_BY: _this_writer().encode()})

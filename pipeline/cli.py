@@ -45,6 +45,13 @@ class _Group(click.Group):
             sys.exit(1)
 
 
+class _Commands(click.Group):
+    """Lists commands in the order they are defined in."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="kdpipe")
 def main() -> None:
@@ -123,7 +130,7 @@ def _stage_command(name: str, text: str) -> None:
     @main.command(name, help=text)
     @_with_config
     @click.option("--only", is_flag=True, help="Refuse, instead of running them, when earlier stages are not fresh.")
-    @click.option("--dry-run", is_flag=True, help="Print what would run and why; run nothing.")
+    @click.option("--dry-run", is_flag=True, help="Print what would run, why, and at what cost; run nothing.")
     def command(config_file: Path, overrides: tuple[str, ...], only: bool, dry_run: bool) -> None:
         _bring(config_file, overrides, name, only=only, dry_run=dry_run)
 
@@ -157,7 +164,7 @@ _stage_command(
 
 @main.command()
 @_with_config
-@click.option("--dry-run", is_flag=True, help="Print what would run and why; run nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, why, and at what cost; run nothing.")
 def run(config_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Bring everything up to date, evaluation included."""
     _bring(config_file, overrides, "evaluate", only=False, dry_run=dry_run)
@@ -174,11 +181,17 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
 
         ctx = request.context()
         run_check(ctx)
-        statuses = [status_of(plan) for plan in make_plans(ctx, target).values()]
+        plans = make_plans(ctx, target)
+        statuses = [status_of(plan) for plan in plans.values()]
         for status in statuses:
             if only and status.name != target:
                 refuse_stale(status)
         _print_table([status for status in statuses if status.state != "fresh"] or statuses)
+        teachers = plans.get("cache-teachers")
+        if teachers is not None and teachers.todo:
+            from kdpipe.pipeline.cost import cost_lines
+
+            click.echo("\n" + "\n".join(cost_lines(ctx, teachers)))
         return
     try:
         ran = bring_up_to_date(request, target, only=only)
@@ -224,6 +237,84 @@ def _print_table(statuses: list[StageStatus]) -> None:
         click.echo(f"{status.name:<15}{state}{status.total:>9}{status.fresh:>9}{status.stale:>9}{status.rejected:>10}")
         for reason in status.reasons:
             click.echo(f"    {reason}")
+
+
+@main.group(cls=_Commands)
+def cache() -> None:
+    """Look at the teacher store, prove it, tidy it."""
+
+
+@cache.command()
+@click.argument("sample", required=False)
+@_with_config
+@click.option("--layer", type=int, help="With SAMPLE: the lens of this layer of the textual teacher.")
+@click.option("--tokens", metavar="A:B", default=":", help="With SAMPLE: response tokens A to B only.")
+def inspect(sample: str | None, config_file: Path, overrides: tuple[str, ...], layer: int | None, tokens: str) -> None:
+    """Say what the teacher store holds, or show one SAMPLE.
+
+    Without SAMPLE: samples, tokens and bytes by source, how they are stored, and how faithfully. With its id: each
+    token of the response beside what the teachers expected there.
+    """
+    ctx = _request(config_file, overrides).context()
+    if sample is None:
+        from kdpipe.pipeline.cache import overview
+
+        lines = overview(ctx)
+    else:
+        from kdpipe.pipeline.sample import show_sample
+
+        lines = show_sample(ctx, sample, layer=layer, tokens=_slice(tokens))
+    click.echo("\n".join(lines))
+
+
+def _slice(text: str) -> slice:
+    first, colon, last = text.partition(":")
+    try:
+        start, stop = (int(part) if part else None for part in (first, last))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not like 10:20, 10: or :20", param_hint="--tokens") from None
+    return slice(start, stop if colon else None if start in (None, -1) else start + 1)
+
+
+@cache.command()
+@_with_config
+@click.option("--report-only", is_flag=True, help="Change nothing.")
+@click.option(
+    "--live", type=click.IntRange(1), metavar="N", help="Also ask the live teachers again, N samples of each source."
+)
+def verify(config_file: Path, overrides: tuple[str, ...], report_only: bool, live: int | None) -> None:
+    """Prove every byte of the teacher store.
+
+    Reads all of it: checksums, metadata, lengths, and whether the values can be what a teacher said. What is damaged
+    is set aside in cache-teachers/damaged/, so that `kdpipe cache-teachers` makes just that anew. Ends with status 1
+    when damage was found.
+    """
+    from kdpipe.pipeline.cache import verify as run_verify
+
+    ctx = _request(config_file, overrides).context()
+    is_sound, lines = run_verify(ctx, report_only=report_only)
+    click.echo("\n".join(lines))
+    if live is not None:
+        from kdpipe.pipeline.cache import compare_live
+
+        click.echo("\n".join(compare_live(ctx, live)))
+    sys.exit(0 if is_sound else 1)
+
+
+@cache.command()
+@_with_config
+@click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
+@click.option("--unasked", is_flag=True, help="Also forget samples that the manifest does not name any more.")
+def gc(config_file: Path, overrides: tuple[str, ...], dry_run: bool, unasked: bool) -> None:
+    """Remove what no sample needs.
+
+    Parts that were replaced, manifests and files that a killed run left behind, and what `verify` set aside. Samples
+    that only another configuration asks for are kept.
+    """
+    from kdpipe.pipeline.cache import collect_garbage
+
+    ctx = _request(config_file, overrides).context()
+    click.echo("\n".join(collect_garbage(ctx, dry_run=dry_run, unasked=unasked)))
 
 
 @main.command()

@@ -215,6 +215,16 @@ def _relations(config: Config) -> list[str]:
         )
     if train.divergence == "sampled_ce" and not teachers.draws:
         problems.append(NO_DRAWS)
+    problems += _beyond_vllm(config)
+    if teachers.device_map is not None and teachers.tensor_parallel_size > 1:
+        problems.append(
+            f"teachers.device_map: {teachers.device_map} spreads whole layers and teachers.tensor_parallel_size: "
+            f"{teachers.tensor_parallel_size} shares each of them; say one of the two"
+        )
+    if teachers.device_map is not None and teachers.device == "cpu":
+        problems.append(
+            "teachers.device_map: spreads layers over GPUs and teachers.device is cpu; leave one of them out"
+        )
     if train.head_form == "triton" and train.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         problems.append("train.head_form: triton needs a CUDA device and train.device is cpu; say auto, or chunked")
     if config.student.model.dtype == "float16":
@@ -233,4 +243,26 @@ def _relations(config: Config) -> list[str]:
         TraceSchema(config.textualize.trace.sections)
     except ValueError as error:
         problems.append(f"textualize.trace.sections: {error}")
+    return problems
+
+
+def _beyond_vllm(config: Config) -> list[str]:
+    """What is asked of a textual teacher that vLLM runs, and cannot be had from it."""
+    teachers = config.teachers
+    if teachers.textual.engine != "vllm":
+        return []
+    given = "teachers.textual.engine is vllm, which gives"
+    otherwise = "or teachers.textual.engine: transformers"
+    problems = []
+    if set(teachers.temperatures) - {1.0}:
+        problems.append(f"teachers.temperatures: {given} distributions at temperature 1 alone; say [1.0], {otherwise}")
+    if teachers.tail_blocks > 1:
+        problems.append(f"teachers.tail_blocks: {given} one tail alone; say 1, {otherwise}")
+    if teachers.draws > 0:
+        problems.append(f"teachers.draws: {given} the likeliest entries and no draws; say 0, {otherwise}")
+    if config.train.weights.layer > 0:
+        problems.append(
+            f"train.weights.layer: {given} the last layer alone, no layers below it; set train.weights.layer: 0, "
+            f"{otherwise}"
+        )
     return problems

@@ -26,10 +26,13 @@ This page is written by `python -m kdpipe.pipeline.reference`.
 
 
 def _docs(section: type) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass."""
+    """The docstrings below the fields of a dataclass, inherited ones included."""
+    texts = {}
+    for base in section.__bases__:
+        if dataclasses.is_dataclass(base):
+            texts |= _docs(base)
     tree = ast.parse(inspect.getsource(section)).body[0]
     assert isinstance(tree, ast.ClassDef)
-    texts = {}
     for statement, following in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             assert isinstance(statement.target, ast.Name)

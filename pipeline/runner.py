@@ -16,6 +16,7 @@ from kdpipe.data.files import remove, write_atomically
 from kdpipe.data.hashing import digest
 from kdpipe.pipeline.check import check
 from kdpipe.pipeline.config import load_config
+from kdpipe.pipeline.cost import refuse_what_does_not_fit
 from kdpipe.pipeline.lock import hold
 from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, make_plans, status_of, upstream
 from kdpipe.stages.base import Context, StagePlan
@@ -73,6 +74,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     Raises:
         StaleError: `only`, and something upstream is not fresh.
         RejectBudgetError: too many samples of a stage were rejected.
+        KdpipeError: the teachers' files have no room on the disk.
         StageFailed: a stage process failed.
     """
     ctx = request.context()
@@ -87,6 +89,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
             if has_work(plan):
                 if only and name != target:
                     refuse_stale(status_of(plan))
+                refuse_what_does_not_fit(request.context(), plan)
                 print(_headline(status_of(plan)), flush=True)
                 _run_stage(request, name, locks)
                 ran = True

@@ -84,11 +84,9 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How vLLM is started."""
+class LaunchConfig:
+    """How vLLM is started, whatever it is asked."""
 
-    max_model_len: int = bounded(4096, 16)
-    """Longest sequence in tokens, audio included; longer samples are rejected (identity: it decides which)."""
     gpu_memory_utilization: float = bounded(0.9, 0.05, 1.0, how=True)
     """Share of the GPU's memory that vLLM takes."""
     tensor_parallel_size: int = bounded(1, 1, how=True)
@@ -99,6 +97,14 @@ class EngineConfig:
     """No CUDA graphs and no compilation: starts faster, runs slower."""
     cpu_kv_cache_gib: int = bounded(2, 1, how=True)
     """Key-value cache of the CPU build (GiB)."""
+
+
+@dataclass(frozen=True)
+class EngineConfig(LaunchConfig):
+    """How vLLM is started, and for sequences of which length."""
+
+    max_model_len: int = bounded(4096, 16)
+    """Longest sequence in tokens, audio included; longer samples are rejected (identity: it decides which)."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,8 @@ class TeachersConfig:
     """Spread the layers of a teacher over all GPUs of this machine, as transformers' `device_map` does; None: one."""
     tensor_parallel_size: int = bounded(1, 1, how=True)
     """Processes, one a GPU, that each hold a share of every layer, as the model's tensor-parallel plan says."""
+    serve: LaunchConfig = LaunchConfig()
+    """How vLLM is started for the textual teacher, with `textual.engine: vllm` alone."""
 
 
 @dataclass(frozen=True)

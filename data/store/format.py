@@ -1,13 +1,21 @@
 """Names, types and version of what stands in a part; the one place writer and reader take them from.
 
-A part is a Zarr v3 group. Every array of it is ragged and lies flat, `[tokens, *width]`, one row a token; unit `u`
-(a sample, or a clip) owns rows `offsets[u]` to `offsets[u + 1]`. `docs/format.md` says the same in full.
+A part is a Zarr v3 group. Its arrays lie flat, one row after another, along an *axis*; unit `u` (a sample, or a clip)
+owns rows `starts[u]` to `starts[u + 1]` of the axis, where `starts` is an array of the part too.
+`docs/format.md` says the same in full.
+
+Axes, and the arrays of their starts:
+    `tokens`, starts in `offsets`: one row a token.
+    `<prefix>/entries` and `<prefix>/bytes`, starts in arrays of these names: kept entries of a distribution whose
+        tokens keep different numbers, and the bytes of their ids.
+    `part`: the array belongs to the part as a whole, not to its units.
 
 Array names:
     `target_ids`: uint32 [T], the tokenized response.
-    `<prefix>/ids`, `<prefix>/logprob`, `<prefix>/log_z`, `<prefix>/log_tail`, and `<prefix>/draws` where ids were drawn
-        from the tail: a distribution, where the prefix is `top` or `lens/<teacher layer>`.
-    `hidden/<layer>/states`, and `hidden/<layer>/scale` where the codec has scales: hidden states.
+    `<prefix>/...`: a distribution, where the prefix is `top` or `lens/<teacher layer>`; see
+        `kdpipe.data.store.distributions`.
+    `hidden/<layer>/states`, `hidden/<layer>/scale` where the codec has scales, and `hidden/<layer>/basis` where it has
+        one (axis `part`): hidden states; see `kdpipe.data.store.codec`.
 
 Layers are counted from 1 and written with at least two digits.
 """
@@ -17,10 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; a reader refuses any other."""
 
 ATTRIBUTE = "kdpipe"
@@ -32,6 +39,8 @@ RESERVED = frozenset({"format", "source", "units", "arrays", "metadata"})
 NO_ID = 2**32 - 1
 """Stands for a draw from an empty tail."""
 
+TOKENS = "tokens"
+PART = "part"
 OFFSETS = "offsets"
 TARGET_IDS = "target_ids"
 TOP = "top"
@@ -44,18 +53,31 @@ ROWS_CHUNK_BYTES = 1 << 18
 """Chunk sizes (bytes) of hidden states and of everything else: what one checksum covers and one read fetches."""
 
 STORED_AS = {
+    "uint8": "uint8",
+    "uint16": "uint16",
     "uint32": "uint32",
     "int64": "int64",
     "float16": "float16",
     "float32": "float32",
     "bfloat16": "uint16",
+    "float8_e4m3fn": "uint8",
     "int8": "int8",
 }
-"""Declared dtype to the dtype in Zarr, which has no bfloat16: its bits are stored."""
+"""Declared dtype to the dtype in Zarr, which has neither bfloat16 nor float8: their bits are stored."""
 
-_BYTES = {"uint32": 4, "int64": 8, "float16": 2, "float32": 4, "bfloat16": 2, "int8": 1}
+_BYTES = {
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "int64": 8,
+    "float16": 2,
+    "float32": 4,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int8": 1,
+}
 
-StatesCodec = Literal["bfloat16", "float32", "int8"]
+StatesCodec = Literal["bfloat16", "float32", "int8", "fp8", "low_rank", "low_rank_int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +86,15 @@ class ArraySpec:
 
     Attributes:
         name: its path in the group.
-        width: shape of one token's row; `()` for one number a token.
+        width: shape of one row; `()` for one number a row.
         dtype: one of `STORED_AS`.
+        axis: what its rows are: `tokens`, `part`, or an axis of its own whose starts stand in an array of that name.
     """
 
     name: str
     width: tuple[int, ...]
     dtype: str
+    axis: str = TOKENS
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_AS:
@@ -80,7 +104,7 @@ class ArraySpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's row."""
+        """Bytes of one row."""
         return _BYTES[self.dtype] * math.prod(self.width)
 
     @property
@@ -105,81 +129,36 @@ def under(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}/{name}": value for name, value in arrays.items()}
 
 
-def distribution_specs(
-    prefix: str,
-    k: int,
-    n_temperatures: int,
-    blocks: int,
-    logprob_dtype: Literal["float16", "float32"],
-    *,
-    draws: int = 0,
-) -> tuple[ArraySpec, ...]:
-    """Arrays of one distribution a token.
+def starts_name(axis: str) -> str:
+    """Name of the array that holds the starts of an axis."""
+    return OFFSETS if axis == TOKENS else axis
+
+
+def is_low_rank(codec: StatesCodec) -> bool:
+    """Whether states are stored as coefficients of a basis."""
+    return codec in ("low_rank", "low_rank_int8")
+
+
+def hidden_specs(layer: int, width: int, codec: StatesCodec, rank: int = 0) -> tuple[ArraySpec, ...]:
+    """Arrays of one layer's hidden states in a codec; see `kdpipe.data.store.codec`.
 
     Args:
-        prefix: `top` or `lens_prefix(layer)`.
-        k: entries kept (no more than the shared vocabulary has).
-        n_temperatures: declared temperatures.
-        blocks: vocabulary blocks whose tail mass is kept apart.
-        logprob_dtype: precision of the kept log-probabilities.
-        draws: ids drawn from the tail at each temperature.
-
-    Returns:
-        Specifications of `ids` [T, k], `logprob` [T, k], `log_z` [T, temperatures], `log_tail`
-        [T, temperatures, blocks] and, with draws, `draws` [T, temperatures, draws]; see `docs/format.md` for what they
-        mean.
+        layer: counted from 1.
+        width: of the model.
+        codec: name of the codec.
+        rank: numbers a token in the low-rank codecs.
     """
-    drawn = (ArraySpec(f"{prefix}/draws", (n_temperatures, draws), "uint32"),) if draws else ()
-    return (
-        ArraySpec(f"{prefix}/ids", (k,), "uint32"),
-        ArraySpec(f"{prefix}/logprob", (k,), logprob_dtype),
-        ArraySpec(f"{prefix}/log_z", (n_temperatures,), "float32"),
-        ArraySpec(f"{prefix}/log_tail", (n_temperatures, blocks), "float32"),
-        *drawn,
-    )
-
-
-def distribution_attributes(
-    *,
-    k: int,
-    temperatures: Sequence[float],
-    block_bounds: Sequence[int],
-    draws: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """Attributes a part needs so that its distributions can be read.
-
-    Args:
-        k: entries asked for; the arrays may be narrower only where the whole vocabulary is kept.
-        temperatures: declared temperatures, in the order of the arrays; 1 among them.
-        block_bounds: `blocks + 1` rising ids; block b covers ids in `[block_bounds[b], block_bounds[b + 1])`.
-        draws: `count` of draws, and `k`, how many of the likeliest ids are not in the tail they are from (at most the k
-            above); None without.
-
-    Raises:
-        ValueError: 1 is not among the temperatures, or the bounds do not rise from 0.
-    """
-    if 1.0 not in temperatures:
-        raise ValueError(f"temperatures {list(temperatures)} lack 1, from which the others are computed")
-    if len(block_bounds) < 2 or block_bounds[0] != 0 or any(a >= b for a, b in pairwise(block_bounds)):
-        raise ValueError(f"block bounds {list(block_bounds)} do not rise from 0")
-    return {
-        "distributions": {
-            "layout": "fixed",
-            "k": int(k),
-            "temperatures": [float(value) for value in temperatures],
-            "block_bounds": [int(value) for value in block_bounds],
-            **({} if draws is None else {"draws": {"count": int(draws["count"]), "k": int(draws["k"])}}),
-        }
-    }
-
-
-def hidden_specs(layer: int, width: int, codec: StatesCodec) -> tuple[ArraySpec, ...]:
-    """Arrays of one layer's hidden states in a codec; see `kdpipe.data.store.codec`."""
     prefix = hidden_prefix(layer)
-    states = ArraySpec(f"{prefix}/states", (width,), codec)
-    return (states, ArraySpec(f"{prefix}/scale", (), "float32")) if codec == "int8" else (states,)
+    codes = {"fp8": "float8_e4m3fn", "low_rank": "bfloat16", "low_rank_int8": "int8"}.get(codec, codec)
+    specs = [ArraySpec(f"{prefix}/states", (rank if is_low_rank(codec) else width,), codes)]
+    if codec in ("int8", "fp8", "low_rank_int8"):
+        specs.append(ArraySpec(f"{prefix}/scale", (), "float32"))
+    if is_low_rank(codec):
+        specs.append(ArraySpec(f"{prefix}/basis", (width,), "float16", PART))
+    return tuple(specs)
 
 
-def hidden_attributes(*, codec: StatesCodec, layers: Sequence[int], width: int) -> dict[str, Any]:
+def hidden_attributes(*, codec: StatesCodec, layers: Sequence[int], width: int, rank: int = 0) -> dict[str, Any]:
     """Attributes a part needs so that its hidden states can be read."""
-    return {"states": {"codec": codec, "layers": [int(layer) for layer in layers], "width": int(width)}}
+    about = {"codec": codec, "layers": [int(layer) for layer in layers], "width": int(width)}
+    return {"states": about | ({"rank": rank} if is_low_rank(codec) else {})}

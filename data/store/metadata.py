@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdpipe.data.errors import StoreError
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Row
-from kdpipe.data.store.format import ATTRIBUTE, FORMAT, OFFSETS
+from kdpipe.data.store.format import ATTRIBUTE, FORMAT, PART, TOKENS, starts_name
 
 _FILE = "zarr.json"
 
@@ -17,7 +18,8 @@ _FILE = "zarr.json"
 def damaged(part: Path, what: str) -> StoreError:
     """The error for a part that cannot be trusted, with its remedy."""
     return StoreError(
-        f"{what}. Remove the part folder {part} and run `kdpipe cache-teachers`: only its samples are computed again."
+        f"{what}. Remove the part folder {part} and run `kdpipe cache-teachers`, "
+        "or let `kdpipe cache verify` set it aside first: only its samples are computed again."
     )
 
 
@@ -31,12 +33,30 @@ def metadata_digest(part: Path) -> str:
         ValueError: a file is not JSON.
     """
     root = json.loads((part / _FILE).read_bytes())
-    root["attributes"][ATTRIBUTE].pop("metadata", None)
-    folders = {OFFSETS}
-    for name in root["attributes"][ATTRIBUTE]["arrays"]:
+    folders = folder_names(root["attributes"][ATTRIBUTE])
+    return documents_digest(root, {name: json.loads((part / name / _FILE).read_bytes()) for name in folders})
+
+
+def documents_digest(root: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """Digest of the `zarr.json` of a part, parsed, and of those below it by their paths."""
+    inner = dict(root["attributes"][ATTRIBUTE])
+    inner.pop("metadata", None)
+    return digest([{**root, "attributes": {**root["attributes"], ATTRIBUTE: inner}}, others])
+
+
+def folder_names(attributes: Mapping[str, Any]) -> list[str]:
+    """All groups and arrays below a part."""
+    folders: set[str] = set()
+    for name in array_names(attributes):
         steps = name.split("/")
         folders.update("/".join(steps[:depth]) for depth in range(1, len(steps) + 1))
-    return digest([root, {name: json.loads((part / name / _FILE).read_bytes()) for name in sorted(folders)}])
+    return sorted(folders)
+
+
+def array_names(attributes: Mapping[str, Any]) -> list[str]:
+    """All arrays of a part, those of the starts of its axes included."""
+    axes = [about.get("axis", TOKENS) for about in attributes["arrays"].values()]
+    return [*attributes["arrays"], *map(starts_name, dict.fromkeys([TOKENS, *(a for a in axes if a != PART)]))]
 
 
 def load_attributes(part: Path) -> dict[str, Any]:

@@ -1,93 +1,71 @@
 """Reads parts of the teacher store by row, and samples by id.
 
-Everything is fetched in chunks, whose checksums zarr verifies; decoded chunks are kept in a bounded memory, since the
-samples of a window of parts come in random order. `PartReader._fetch` is the one place that touches array data.
+Rows come from the files as they lie (`kdpipe.data.store.arrays`): the checksum of a chunk is verified when it is first
+touched, once in the life of a reader. Everything here is safe to use from several threads.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kdpipe.data.errors import StoreError
+from kdpipe.data.hashing import digest_bytes
 from kdpipe.data.ledger import Row
+from kdpipe.data.store.arrays import StoredArray
 from kdpipe.data.store.codec import decode_states
-from kdpipe.data.store.format import NO_ID, OFFSETS, hidden_prefix
+from kdpipe.data.store.distributions import Layout, StoredDistribution, narrowed
+from kdpipe.data.store.format import NO_ID, OFFSETS, PART, TOKENS, hidden_prefix, starts_name
 from kdpipe.data.store.metadata import damaged, load_attributes
+from kdpipe.data.store.shard import OpenShards
 
 if TYPE_CHECKING:
     import torch
-    import zarr
-
-CACHE_BYTES = 256 << 20
-"""Decoded chunks kept in memory by one `Store` (bytes)."""
 
 OPEN_PARTS = 64
 """Parts a `Store` keeps open."""
 
+OPEN_FILES = 256
+"""Shard files a `Store` keeps open, at two file descriptors each."""
+
 
 class _Recent:
-    """A memory of the values used last, bounded by their summed size; safe to use from several threads."""
+    """The values used last, at most `limit`; safe to use from several threads."""
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._size = 0
-        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The value under `key`; `make` gives value and size where there is none."""
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value under `key`; `make` gives it where there is none."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
-                return self._values[key][0]
-        value, size = make()
+                return self._values[key]
+        value = make()
         with self._lock:
-            if key not in self._values:
-                self._values[key] = value, size
-                self._size += size
-                while self._size > self._limit and len(self._values) > 1:
-                    self._size -= self._values.popitem(last=False)[1][1]
+            # Of two threads that made it, both go on with one: a part remembers what it has verified.
+            value = self._values.setdefault(key, value)
+            self._values.move_to_end(key)
+            while len(self._values) > self._limit:
+                self._values.popitem(last=False)
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class StoredDistribution:
-    """What a teacher says about each token of a sample. T tokens, k kept entries, n temperatures, B blocks, D draws.
-
-    Attributes:
-        ids: int64 [T, k], kept token ids, most likely first.
-        logprob: float32 [T, k], their log-probabilities at temperature 1 (nats), falling.
-        log_z: float32 [T, n], log sum exp(z / T_n) over the vocabulary (nats).
-        log_tail: float32 [T, n, B], log-probability at T_n of block b without the kept ids (nats);
-            -inf where nothing is left.
-        temperatures: the n temperatures.
-        block_bounds: B + 1 ids; block b covers `[block_bounds[b], block_bounds[b + 1])`.
-        draws: int64 [T, n, D], ids drawn at T_n from the vocabulary without the kept ids; -1 where nothing is left.
-            None unless they were asked for.
-    """
-
-    ids: np.ndarray
-    logprob: np.ndarray
-    log_z: np.ndarray
-    log_tail: np.ndarray
-    temperatures: tuple[float, ...]
-    block_bounds: tuple[int, ...]
-    draws: np.ndarray | None = None
-
-
 class PartReader:
-    """One part, opened once; reads are safe from several threads.
+    """One part, opened once.
 
     Args:
         path: folder of the part.
-        cache: memory of decoded chunks to share with other parts; None: one of its own.
+        verify: whether the checksum of each chunk is verified when it is first touched.
+        shards: files kept open, to share with other parts; None: of its own.
 
     Attributes:
         attributes: what kdpipe says about the part; see `docs/format.md`.
@@ -98,21 +76,22 @@ class PartReader:
         StoreError: the part is missing, damaged, or of another format version.
     """
 
-    def __init__(self, path: Path, cache: _Recent | None = None):
-        import zarr
-
+    def __init__(self, path: Path, *, verify: bool = True, shards: OpenShards | None = None):
         self.path = path
         self.attributes: Mapping[str, Any] = load_attributes(path)
         self.source: str = self.attributes["source"]
         self.units: Sequence[Mapping[str, Any]] = self.attributes["units"]
-        self._cache = cache if cache is not None else _Recent(CACHE_BYTES)
-        self._arrays: dict[str, zarr.Array] = {}
+        self._verify = verify
+        self._shards = shards if shards is not None else OpenShards(OPEN_FILES)
+        self._arrays: dict[str, StoredArray] = {}
+        self._axes: dict[str, np.ndarray] = {}
+        self._constants: dict[str, np.ndarray] = {}
+        self._digests: dict[str, str] = {}
+        self._layout: Layout | None = None
         self._lock = threading.Lock()
         self._rows = {unit["id"]: row for row, unit in enumerate(self.units)}
-        self._group = zarr.open_group(path, mode="r", zarr_format=3)
         tokens = [unit["tokens"] for unit in self.units]
-        self._offsets = self._span(OFFSETS, 0, len(tokens) + 1, None)
-        if not np.array_equal(self._offsets, np.cumsum([0, *tokens])):
+        if not np.array_equal(self._starts(TOKENS), np.cumsum([0, *tokens])):
             raise damaged(path, f"{path / OFFSETS}: does not agree with the units of the part")
 
     def row_of(self, unit_id: str) -> int:
@@ -128,7 +107,8 @@ class PartReader:
 
     def tokens(self, row: int) -> int:
         """Tokens of a unit."""
-        return int(self._offsets[row + 1] - self._offsets[row])
+        starts = self._starts(TOKENS)
+        return int(starts[row + 1] - starts[row])
 
     def read(self, row: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Arrays of one unit as they are stored.
@@ -138,20 +118,44 @@ class PartReader:
             names: array names; None: all.
 
         Returns:
-            `[tokens, *width]` each, writable, in the storage dtype (bfloat16 as its uint16 bits).
+            `[rows, *width]` each, writable, in the storage dtype (bfloat16 as its uint16 bits, float8 as uint8). Rows
+            are tokens, but for the axes that `format` names; arrays of the axis `part` come whole.
 
         Raises:
             StoreError: an array is not in the part, or what is read is damaged or missing; names file, part and unit.
         """
-        unit = self.units[row]
-        start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
-        known = self.attributes["arrays"]
-        arrays = {}
-        for name in known if names is None else names:
-            if name not in known:
-                raise StoreError(f"{self.path}: holds no array {name!r}; it has {', '.join(known)}")
-            arrays[name] = self._span(name, start, stop, unit)
-        return arrays
+        asked = self.attributes["arrays"] if names is None else names
+        spans = {name: self._span(name, row) for name in asked}
+        return {name: self._stored(name).read(*span, self.units[row]) for name, span in spans.items()}
+
+    def read_into(self, row: int, name: str, out: np.ndarray) -> None:
+        """Reads one array of one unit into memory that is there.
+
+        Args:
+            row: the unit's row.
+            name: array name.
+            out: `[rows, *width]`, contiguous, in the storage dtype.
+
+        Raises:
+            StoreError: as `read`.
+            ValueError: `out` has another shape or dtype.
+        """
+        start, stop = self._span(name, row)
+        self._stored(name).read_into(out, start, stop, self.units[row])
+
+    @property
+    def layout(self) -> Layout:
+        """How its distributions are stored.
+
+        Raises:
+            StoreError: it has none that this kdpipe reads.
+        """
+        if self._layout is None:
+            try:
+                self._layout = Layout.of(self.attributes)
+            except StoreError as error:
+                raise StoreError(f"{self.path}: holds {error}") from None
+        return self._layout
 
     def distribution(
         self,
@@ -159,18 +163,22 @@ class PartReader:
         prefix: str,
         *,
         k: int | None = None,
+        mass: float | None = None,
+        min_k: int = 1,
         temperatures: Sequence[float] | None = None,
         draws: bool = False,
     ) -> StoredDistribution:
         """A distribution of one unit, narrowed to what is asked for.
 
-        A smaller k is served exactly: each entry dropped adds its probability to the tail block of its id, at every
-        temperature T, as `log p_T = (logprob + log_z[1]) / T - log_z[T]`.
+        Fewer entries are served exactly: each one dropped adds its probability to the tail block of its id, at every
+        temperature.
 
         Args:
             row: the unit's row.
             prefix: `top`, or `format.lens_prefix(layer)`.
-            k: entries wanted; None: all that are kept. Where the whole vocabulary is kept there may be fewer.
+            k: most entries wanted; None: all that are kept. Where the whole vocabulary is kept there may be fewer.
+            mass: mass that the entries of a token shall reach, at most k of them; None: that of the part.
+            min_k: with a mass, the fewest entries.
             temperatures: temperatures wanted, in this order; None: all that were declared.
             draws: whether the draws are wanted. They are from the tail that one k leaves, and k must be that.
 
@@ -178,48 +186,50 @@ class PartReader:
             StoreError: more entries or another temperature are asked for than the part holds, or draws that it does
                 not hold for this k; or it is damaged.
         """
-        about = self.attributes.get("distributions", {})
-        if about.get("layout") != "fixed":
-            raise StoreError(
-                f"{self.path}: holds no distributions that this kdpipe reads (layout {about.get('layout')!r})"
-            )
-        declared = about["temperatures"]
-        wanted = declared if temperatures is None else list(temperatures)
+        layout = self.layout
+        wanted = layout.temperatures if temperatures is None else tuple(temperatures)
+        self._refuse_more(layout, k, mass, min_k, wanted)
+        shape = f"{prefix}/"
+        names = ("ids", "logprob", "log_z", "log_tail")
+        names += () if layout.mass is None else ("count",)
+        names += ("range",) if layout.logprob == "uint8" else ()
+        stored = {name: self._view(shape + name, row) for name in names}
+        kept = layout.kept if k is None else min(k, layout.kept)
+        made = narrowed(layout.decode(stored), layout, k=kept, mass=mass, min_k=min_k, temperatures=wanted)
+        if not draws:
+            return made
+        columns = [layout.temperatures.index(temperature) for temperature in wanted]
+        return dataclasses.replace(made, draws=self._draws(row, prefix, kept)[:, columns])
+
+    def _refuse_more(
+        self, layout: Layout, k: int | None, mass: float | None, min_k: int, wanted: Sequence[float]
+    ) -> None:
         for temperature in wanted:
-            if temperature not in declared:
+            if temperature not in layout.temperatures:
                 raise StoreError(
                     f"{self.path}: temperature {temperature} was not declared when the teachers were cached "
-                    f"({', '.join(map(str, declared))} were). "
+                    f"({', '.join(map(str, layout.temperatures))} were). "
                     "Add it to `teachers.temperatures` and run `kdpipe cache-teachers`."
                 )
-        if k is not None and not 1 <= k <= about["k"]:
+        if k is not None and not 1 <= k <= layout.k:
             raise StoreError(
-                f"{self.path}: k = {k} was asked for and k = {about['k']} is stored. "
+                f"{self.path}: k = {k} was asked for and k = {layout.k} is stored. "
                 "Raise `teachers.k` and run `kdpipe cache-teachers`."
             )
-        names = [f"{prefix}/{name}" for name in ("ids", "logprob", "log_z", "log_tail")]
-        ids, logprob, log_z, log_tail = self.read(row, names).values()
-        columns = [declared.index(temperature) for temperature in wanted]
-        log_z_1 = log_z[:, declared.index(1.0)]
-        log_z, log_tail = log_z[:, columns], log_tail[:, columns]
-        bounds = tuple(about["block_bounds"])
-        kept = ids.shape[1] if k is None else min(k, ids.shape[1])
-        if kept < ids.shape[1]:
-            log_tail = _with_dropped(ids[:, kept:], logprob[:, kept:], log_z_1, log_z, log_tail, wanted, bounds)
-        drawn = self._draws(row, prefix, kept, ids.shape[1])[:, columns] if draws else None
-        return StoredDistribution(
-            ids[:, :kept].astype(np.int64),
-            logprob[:, :kept].astype(np.float32),
-            log_z,
-            log_tail,
-            tuple(wanted),
-            bounds,
-            drawn,
-        )
+        if mass is not None and layout.mass is not None and mass > layout.mass:
+            raise StoreError(
+                f"{self.path}: entries that reach a mass of {mass:g} were asked for and {layout.mass:g} is stored. "
+                "Raise `teachers.mass` and run `kdpipe cache-teachers`."
+            )
+        if mass is not None and layout.mass is not None and min_k > layout.min_k:
+            raise StoreError(
+                f"{self.path}: at least {min_k} entries of each token were asked for and {layout.min_k} are stored. "
+                "Raise `teachers.min_k` and run `kdpipe cache-teachers`."
+            )
 
-    def _draws(self, row: int, prefix: str, kept: int, stored: int) -> np.ndarray:
-        """Draws [tokens, temperatures, draws] from the tail that `kept` of `stored` entries leave, or StoreError."""
-        about = self.attributes["distributions"].get("draws")
+    def _draws(self, row: int, prefix: str, kept: int) -> np.ndarray:
+        """Draws [tokens, temperatures, draws] from the tail that `kept` entries leave, or StoreError."""
+        about, stored = self.layout.draws, self.layout.kept
         if about is None:
             raise StoreError(
                 f"{self.path}: holds no draws from the tails. Set `teachers.draws` and run `kdpipe cache-teachers`."
@@ -229,7 +239,7 @@ class PartReader:
                 f"{self.path}: its draws are from the tails that k = {about['k']} leaves; k = {kept} was asked for. "
                 f"Set `teachers.k` to {about['k']}, or run `kdpipe cache-teachers`."
             )
-        found = self.read(row, [f"{prefix}/draws"])[f"{prefix}/draws"].astype(np.int64)
+        found = self._view(f"{prefix}/draws", row).astype(np.int64)
         return np.where(found == NO_ID, -1, found)
 
     def hidden(self, row: int, layer: int) -> torch.Tensor:
@@ -247,54 +257,74 @@ class PartReader:
         """What is stored of the hidden states of one unit at a teacher layer (counted from 1), not decoded.
 
         Returns:
-            `states` [tokens, width] (bfloat16 as its uint16 bits), and for int8 `scale` float32 [tokens].
+            `states` [tokens, C] (bfloat16 as its uint16 bits, float8 as uint8), and with the codecs that have them
+            `scale` float32 [tokens] and `basis` float16 [C, width], one for the part and not to be written to.
 
         Raises:
             StoreError: the layer is not in the part, or what is read is damaged.
+        """
+        prefix = hidden_prefix(layer) + "/"
+        found = {}
+        for name in self.state_arrays(layer):
+            short = name.removeprefix(prefix)
+            found[short] = self.constant(name) if short == "basis" else self.read(row, [name])[name]
+        return found
+
+    def state_arrays(self, layer: int) -> list[str]:
+        """Names of the arrays of a teacher layer's hidden states.
+
+        Raises:
+            StoreError: the layer is not in the part.
         """
         about = self.attributes.get("states", {"layers": []})
         if layer not in about["layers"]:
             raise StoreError(f"{self.path}: holds no hidden states of layer {layer}; it has {about['layers']}")
         prefix = hidden_prefix(layer) + "/"
-        names = [name for name in self.attributes["arrays"] if name.startswith(prefix)]
-        return {name.removeprefix(prefix): array for name, array in self.read(row, names).items()}
+        return [name for name in self.attributes["arrays"] if name.startswith(prefix)]
 
-    def _span(self, name: str, start: int, stop: int, unit: Mapping[str, Any] | None) -> np.ndarray:
-        """Rows [start, stop) of an array, put together from its chunks."""
-        array = self._open(name)
-        rows = array.chunks[0]
-        pieces = [np.empty((0, *array.shape[1:]), array.dtype)]
-        for chunk in range(start // rows, -(-stop // rows) if stop > start else 0):
-            data = self._cache.get((self.path, name, chunk), lambda chunk=chunk: self._fetch(name, chunk, unit))
-            first = chunk * rows
-            pieces.append(data[max(start - first, 0) : stop - first])
-        return np.concatenate(pieces)
+    def constant(self, name: str) -> np.ndarray:
+        """An array of the axis `part`, read once; not to be written to."""
+        if name not in self._constants:
+            array = self._stored(name)
+            self._constants[name] = array.read(0, array.shape[0])
+        return self._constants[name]
 
-    def _fetch(self, name: str, chunk: int, unit: Mapping[str, Any] | None) -> tuple[np.ndarray, int]:
-        """One decoded chunk and its size in bytes."""
-        array = self._open(name)
-        rows = array.chunks[0]
-        assert array.shards is not None
-        file = self.path.joinpath(name, "c", str(chunk * rows // array.shards[0]), *("0" for _ in array.shape[1:]))
-        where = f"part {self.path.name}, array {name}, chunk {chunk}"
-        if unit is not None:
-            where += f", read for sample {', '.join(map(repr, _samples_of(unit)))}"
-        # zarr would take either for a chunk that was never written, and give zeros.
-        if not file.exists() or not file.stat().st_size:
-            raise damaged(self.path, f"{file}: missing or empty ({where})")
-        try:
-            data = np.asarray(array[chunk * rows : (chunk + 1) * rows])
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise damaged(self.path, f"{file}: damaged ({where}): {error}") from error
-        return data, data.nbytes
+    def digest_of(self, name: str) -> str:
+        """Digest of an array of the axis `part`, made once."""
+        if name not in self._digests:
+            self._digests[name] = digest_bytes(self.constant(name).tobytes())
+        return self._digests[name]
 
-    def _open(self, name: str) -> zarr.Array:
-        with self._lock:
-            if name not in self._arrays:
-                self._arrays[name] = cast("zarr.Array", self._group[name])
-            return self._arrays[name]
+    def _view(self, name: str, row: int) -> np.ndarray:
+        start, stop = self._span(name, row)
+        return self._stored(name).view(start, stop, self.units[row])
+
+    def _span(self, name: str, row: int) -> tuple[int, int]:
+        """Rows of an array that belong to a unit."""
+        known = self.attributes["arrays"]
+        if name not in known:
+            raise StoreError(f"{self.path}: holds no array {name!r}; it has {', '.join(known)}")
+        axis = known[name].get("axis", TOKENS)
+        if axis == PART:
+            return 0, self._stored(name).shape[0]
+        starts = self._starts(axis)
+        return int(starts[row]), int(starts[row + 1])
+
+    def _starts(self, axis: str) -> np.ndarray:
+        """First row of each unit on an axis, and the end."""
+        if axis not in self._axes:
+            self._axes[axis] = self._stored(starts_name(axis)).read(0, len(self.units) + 1)
+        return self._axes[axis]
+
+    def _stored(self, name: str) -> StoredArray:
+        found = self._arrays.get(name)
+        if found is None:
+            with self._lock:
+                found = self._arrays.get(name)
+                if found is None:
+                    found = StoredArray(self.path, name, self._shards, verify=self._verify)
+                    self._arrays[name] = found
+        return found
 
 
 class _Ledger(Protocol):
@@ -308,14 +338,15 @@ class Store:
         parts: folder of the parts.
         ledger: says in which part and row a sample lies (`kdpipe.data.ledger.Ledger`).
         open_parts: parts kept open.
-        cache_bytes: decoded chunks kept in memory (bytes).
+        verify: whether checksums are verified, each once; see `PartReader`.
     """
 
-    def __init__(self, parts: Path, ledger: _Ledger, *, open_parts: int = OPEN_PARTS, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, parts: Path, ledger: _Ledger, *, open_parts: int = OPEN_PARTS, verify: bool = True):
         self._parts = parts
         self._ledger = ledger
+        self._verify = verify
         self._open = _Recent(open_parts)
-        self._chunks = _Recent(cache_bytes)
+        self._shards = OpenShards(OPEN_FILES)
 
     def get(self, sample_id: str, source: str) -> tuple[PartReader, int]:
         """The part that holds a source of a sample, and its row there.
@@ -327,7 +358,7 @@ class Store:
         if row is None:
             raise StoreError(f"{self._parts}: holds no {source} of sample {sample_id!r}. Run `kdpipe cache-teachers`.")
         path = self._parts / row.part
-        part: PartReader = self._open.get(path, lambda: (PartReader(path, self._chunks), 1))
+        part: PartReader = self._open.get(path, lambda: PartReader(path, verify=self._verify, shards=self._shards))
         # Ids are not compared: a sample that came later may share a clip's unit without being listed there.
         unit = part.units[row.row] if row.row < len(part.units) else {}
         if part.source != source or unit.get("key") != row.key:
@@ -335,30 +366,3 @@ class Store:
                 path, f"{path}: row {row.row} is not {source} of sample {sample_id!r} under the key {row.key}"
             )
         return part, row.row
-        return part, row.row
-
-
-def _samples_of(unit: Mapping[str, Any]) -> list[str]:
-    """Ids of the samples that a unit serves: its own, or those a clip's unit lists."""
-    return [sample["id"] for sample in unit["samples"]] if "samples" in unit else [unit["id"]]
-
-
-def _with_dropped(
-    ids: np.ndarray,
-    logprob: np.ndarray,
-    log_z_1: np.ndarray,
-    log_z: np.ndarray,
-    log_tail: np.ndarray,
-    temperatures: Sequence[float],
-    bounds: Sequence[int],
-) -> np.ndarray:
-    """Tails [T, n, B] with the entries `ids` [T, d] that are no longer kept added to their blocks."""
-    logits = logprob.astype(np.float64) + log_z_1.astype(np.float64)[:, None]
-    block = np.searchsorted(np.asarray(bounds), ids, side="right") - 1
-    tail = log_tail.astype(np.float64)
-    for column, temperature in enumerate(temperatures):
-        dropped = logits / temperature - log_z[:, column, None]
-        for b in range(tail.shape[2]):
-            in_block = np.where(block == b, dropped, -np.inf)
-            tail[:, column, b] = np.logaddexp(tail[:, column, b], np.logaddexp.reduce(in_block, axis=1))
-    return tail.astype(np.float32)

@@ -1,8 +1,8 @@
-"""Writes one part of the teacher store, shard by shard, as its units come.
+"""Writes one part of the teacher store as its units come.
 
 The caller gives a path in its `tmp` folder and commits the finished part through `kdpipe.data.ledger`, which flushes
-it to the disk and renames it into place. Memory is bounded by about one shard (`format.SHARD_BYTES`) an array, and the
-bytes of every file depend on what is appended alone.
+it to the disk and renames it into place. Memory is bounded by about one chunk an array, and the bytes of every file
+depend on what is appended alone.
 """
 
 from __future__ import annotations
@@ -10,15 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from kdpipe.data.store.format import ATTRIBUTE, FORMAT, OFFSETS, RESERVED, SHARD_BYTES, STORED_AS, ArraySpec
+from kdpipe.data.store.format import (
+    ATTRIBUTE,
+    FORMAT,
+    PART,
+    RESERVED,
+    SHARD_BYTES,
+    TOKENS,
+    ArraySpec,
+    starts_name,
+)
 from kdpipe.data.store.metadata import metadata_digest
-
-if TYPE_CHECKING:
-    import zarr
+from kdpipe.data.store.shard import METADATA, ArrayWriter, as_json, group_document
 
 _UNIT_FIELDS = frozenset({"id", "key", "tokens"})
 
@@ -29,8 +36,9 @@ class PartWriter:
     Args:
         path: where to build it; nothing may stand there.
         source: whose units these are: `targets`, `textual`, `acoustic`, `acoustic_top`.
-        arrays: the arrays every unit brings.
-        attributes: what a reader must know, e.g. of `format.distribution_attributes`; plain JSON values.
+        arrays: the arrays that every unit brings, and those of the axis `part`.
+        constants: the arrays of the axis `part`, by name, in their storage dtype.
+        attributes: what a reader must know, e.g. of `distributions.Layout.attributes`; plain JSON values.
         shard_bytes: upper bound of a shard's data (bytes).
 
     Raises:
@@ -45,24 +53,32 @@ class PartWriter:
         source: str,
         arrays: Sequence[ArraySpec],
         attributes: Mapping[str, Any],
+        constants: Mapping[str, np.ndarray] | None = None,
         shard_bytes: int = SHARD_BYTES,
     ):
-        import zarr
-
-        names = [spec.name for spec in arrays]
-        if len(set(names)) != len(names) or OFFSETS in names:
-            raise ValueError(f"array names {names} repeat or use {OFFSETS!r}")
+        constants = constants or {}
+        axes = dict.fromkeys([TOKENS, *(spec.axis for spec in arrays if spec.axis != PART)])
+        names = [*(spec.name for spec in arrays), *map(starts_name, axes)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"array names {names} repeat")
+        if constants.keys() != {spec.name for spec in arrays if spec.axis == PART}:
+            raise ValueError(f"constants {list(constants)} are not the arrays of the axis {PART!r}")
         self._attributes = _checked(attributes)
         if path.exists():
             raise FileExistsError(f"{path}: exists already")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.source = source
-        self._group = zarr.create_group(path, zarr_format=3)
-        self._columns = {spec.name: _Column(self._group, spec, shard_bytes) for spec in arrays}
+        path.mkdir()
+        self._shard_bytes = shard_bytes
+        self._all = {spec.name: ArrayWriter(path / spec.name, spec, shard_bytes) for spec in arrays}
+        self._columns = {spec.name: self._all[spec.name] for spec in arrays if spec.axis != PART}
+        for name, array in constants.items():
+            self._all[name].check("of the part", array)
+            self._all[name].append(array)
         self._units: list[dict[str, Any]] = []
         self._ids: set[str] = set()
-        self._offsets = [0]
+        self._starts: dict[str, list[int]] = {axis: [0] for axis in axes}
 
     def append(
         self, unit_id: str, key: str, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any] | None = None
@@ -72,7 +88,7 @@ class PartWriter:
         Args:
             unit_id: sample id, or digest of a clip.
             key: its key in the ledger.
-            arrays: `[tokens, *width]` for each declared array, in its storage dtype, all of one length.
+            arrays: `[rows, *width]` for each declared array, in its storage dtype; those of one axis are of one length.
             info: JSON values kept beside id and key. For the ledger to be rebuilt from parts: `fields`, `cover`,
                 `length`, `content` as in `kdpipe.data.ledger.Row`, or, where one unit serves several samples,
                 `samples`, a list of such mappings with an `id` each, all under the unit's key.
@@ -89,21 +105,28 @@ class PartWriter:
         if arrays.keys() != self._columns.keys():
             odd = sorted(arrays.keys() ^ self._columns.keys())
             raise ValueError(f"unit {unit_id!r}: arrays {odd} are missing or were not declared")
-        lengths = {name: len(array) for name, array in arrays.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"unit {unit_id!r}: arrays differ in length: {lengths}")
+        lengths: dict[str, int] = dict.fromkeys(self._starts, 0)
+        for axis in self._starts:
+            found = {name: len(a) for name, a in arrays.items() if self._columns[name].spec.axis == axis}
+            if len(set(found.values())) > 1:
+                raise ValueError(f"unit {unit_id!r}: arrays differ in length: {found}")
+            lengths[axis] = next(iter(found.values()), 0)
         for name, array in arrays.items():
             self._columns[name].check(unit_id, array)
         unit = _plain(dict(info or {}))
         if clash := _UNIT_FIELDS & unit.keys():
             raise ValueError(f"unit {unit_id!r}: info may not hold {sorted(clash)}")
-        tokens = next(iter(lengths.values()), 0)
         for name, array in arrays.items():
             self._columns[name].append(array)
         self._ids.add(unit_id)
-        self._units.append({"id": unit_id, "key": key, "tokens": tokens, **unit})
-        self._offsets.append(self._offsets[-1] + tokens)
+        self._units.append({"id": unit_id, "key": key, "tokens": lengths[TOKENS], **unit})
+        for axis, starts in self._starts.items():
+            starts.append(starts[-1] + lengths[axis])
         return len(self._units) - 1
+
+    def tokens(self, row: int) -> int:
+        """Tokens of a unit that was added."""
+        return self._units[row]["tokens"]
 
     def close(self, attributes: Mapping[str, Any] | None = None) -> None:
         """Writes what is left, the offsets and the attributes; the part is complete when this returns.
@@ -112,88 +135,37 @@ class PartWriter:
             attributes: further attributes, known only now (measured fidelity); they replace those of the same name.
         """
         self._attributes.update(_checked(attributes or {}))
-        for column in self._columns.values():
+        for axis, starts in self._starts.items():
+            column = ArrayWriter(
+                self.path / starts_name(axis), ArraySpec(starts_name(axis), (), "int64"), self._shard_bytes
+            )
+            column.append(np.array(starts, np.int64))
             column.close()
-        offsets = _Column(self._group, ArraySpec(OFFSETS, (), "int64"), SHARD_BYTES)
-        offsets.append(np.array(self._offsets, np.int64))
-        offsets.close()
+        for column in self._all.values():
+            column.close()
         record = {
             "format": FORMAT,
             "source": self.source,
             "units": self._units,
-            "arrays": {name: {"dtype": c.spec.dtype, "width": list(c.spec.width)} for name, c in self._columns.items()},
+            "arrays": {name: _declared(column.spec) for name, column in self._all.items()},
             **self._attributes,
         }
-        self._group.update_attributes({ATTRIBUTE: record})
+        for folder in self._groups():
+            (folder / METADATA).write_bytes(as_json(group_document()))
+        root = self.path / METADATA
+        root.write_bytes(as_json(group_document({ATTRIBUTE: record})))
         record["metadata"] = metadata_digest(self.path)
-        self._group.update_attributes({ATTRIBUTE: record})
+        root.write_bytes(as_json(group_document({ATTRIBUTE: record})))
+
+    def _groups(self) -> set[Path]:
+        """Folders between the part and its arrays, which Zarr wants to be groups."""
+        names = [*self._all, *map(starts_name, self._starts)]
+        return {folder for name in names for folder in (self.path / name).parents if folder.is_relative_to(self.path)}
 
 
-class _Column:
-    """One array being written: rows wait here until they fill a shard."""
-
-    def __init__(self, group: zarr.Group, spec: ArraySpec, shard_bytes: int):
-        self.spec = spec
-        self._group = group
-        self._stored = np.dtype(STORED_AS[spec.dtype])
-        chunks = max(1, shard_bytes // (spec.chunk_rows * spec.row_bytes))
-        self._shard_rows = chunks * spec.chunk_rows
-        self._array: zarr.Array | None = None
-        self._written = 0
-        self._waiting: list[np.ndarray] = []
-        self._waiting_rows = 0
-
-    def check(self, unit_id: str, array: np.ndarray) -> None:
-        if array.shape[1:] != self.spec.width or array.dtype != self._stored:
-            raise ValueError(
-                f"unit {unit_id!r}: array {self.spec.name} is {array.dtype} {array.shape}, "
-                f"declared {self._stored} [tokens, {', '.join(map(str, self.spec.width))}]"
-            )
-
-    def append(self, array: np.ndarray) -> None:
-        self._waiting.append(np.array(array))
-        self._waiting_rows += len(array)
-        while self._waiting_rows >= self._shard_rows:
-            rows = self._take()
-            self._write(rows[: self._shard_rows])
-            self._waiting, self._waiting_rows = [rows[self._shard_rows :]], len(rows) - self._shard_rows
-
-    def close(self) -> None:
-        rows = self._take()
-        if len(rows) or self._array is None:
-            self._write(rows)
-
-    def _take(self) -> np.ndarray:
-        rows = np.concatenate([np.empty((0, *self.spec.width), self._stored), *self._waiting])
-        self._waiting, self._waiting_rows = [], 0
-        return rows
-
-    def _write(self, rows: np.ndarray) -> None:
-        array, stop = self._array, self._written + len(rows)
-        if array is None:
-            array = self._array = self._create(stop)
-        else:
-            array.resize((stop, *self.spec.width))
-        array[self._written : stop] = rows
-        self._written = stop
-
-    def _create(self, rows: int) -> zarr.Array:
-        from zarr.codecs import Crc32cCodec
-
-        chunk_rows = max(1, min(self.spec.chunk_rows, rows))
-        shard_rows = chunk_rows * max(1, -(-rows // chunk_rows))
-        return self._group.create_array(
-            self.spec.name,
-            shape=(rows, *self.spec.width),
-            dtype=self._stored,
-            chunks=(chunk_rows, *self.spec.width),
-            shards=(shard_rows, *self.spec.width),
-            filters=None,
-            compressors=[Crc32cCodec()],
-            fill_value=0,
-            attributes={"kdpipe_dtype": "bfloat16"} if self.spec.dtype == "bfloat16" else {},
-            config={"write_empty_chunks": True},
-        )
+def _declared(spec: ArraySpec) -> dict[str, Any]:
+    about = {"dtype": spec.dtype, "width": list(spec.width)}
+    return about if spec.axis == TOKENS else about | {"axis": spec.axis}
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Teacher-forced forward passes over many samples, written down part by part.
+"""Teacher-forced forward passes over batches of samples, and the arrays of a part that come of them.
 
 Dimension key: N response rows (or audio rows) of a batch, H width of the teacher.
 """
@@ -6,8 +6,8 @@ Dimension key: N response rows (or audio rows) of a batch, H width of the teache
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -15,32 +15,27 @@ import numpy as np
 import torch
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.ledger import Ledger
 from kdpipe.data.manifest import Sample
-from kdpipe.data.store.codec import Fidelity, decode_states, encode_states
+from kdpipe.data.store.codec import Fidelity, decode_states, encode_tensors
+from kdpipe.data.store.distributions import Layout
 from kdpipe.data.store.format import (
     TOP,
     ArraySpec,
-    distribution_attributes,
-    distribution_specs,
     hidden_attributes,
     hidden_prefix,
     hidden_specs,
+    is_low_rank,
     lens_prefix,
     under,
 )
-from kdpipe.data.stream import prefetch
-from kdpipe.stages.base import Context, Wanted
+from kdpipe.stages.base import Wanted
 from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.draws import uniforms
 from kdpipe.stages.cache_teachers.head import distribution
-from kdpipe.stages.cache_teachers.parts import building
-from kdpipe.stages.cache_teachers.targets import THREADS
 from kdpipe.stages.config import TeachersConfig
-from kdpipe.stages.models.inputs import Batch, Encoder, Example
+from kdpipe.stages.models.inputs import Batch, Example
 from kdpipe.stages.models.loaded import LoadedModel
 from kdpipe.stages.models.vocabulary import Alignment
-from kdpipe.stages.progress import progress
 
 FIDELITY_ROWS = 256
 """Rows of a layer, evenly spaced, on which a codec is measured in each forward pass."""
@@ -65,135 +60,219 @@ class Job:
     tower: int = 0
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What each unit of a part holds, known before its first batch.
+
+    Attributes:
+        config: the `teachers` section.
+        cover: `k`, `mass`, `min_k`, `temperatures` and `draws` for distributions, `lens` and `hidden` layers.
+        width: of the teacher.
+        layers: of the teacher.
+        alignment: ids to normalize over; None where there are states alone.
+        bases: float16 [r, H] by layer, for the low-rank codecs.
+    """
+
+    config: TeachersConfig
+    cover: Mapping[str, Any]
+    width: int
+    layers: int
+    alignment: Alignment | None
+    bases: Mapping[int, np.ndarray]
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """How its distributions are stored; None without."""
+        cover = self.cover
+        if not cover.get("k"):
+            return None
+        assert self.alignment is not None
+        return Layout(
+            k=cover["k"],
+            kept=min(cover["k"], self.alignment.valid - len(self.alignment.masked)),
+            temperatures=tuple(cover["temperatures"]),
+            block_bounds=block_bounds(self.alignment.valid, self.config.tail_blocks),
+            logprob=self.config.logprob_dtype,
+            mass=None if cover["mass"] >= 1 else cover["mass"],
+            min_k=cover["min_k"],
+            draws=cover.get("draws"),
+        )
+
+    @property
+    def lens(self) -> Sequence[int]:
+        """Inner layers whose lens distributions are wanted."""
+        return self.cover.get("lens", [])
+
+    @property
+    def hidden(self) -> Sequence[int]:
+        """Layers whose states are wanted."""
+        return self.cover.get("hidden", [])
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Of its distributions."""
+        return [TOP, *map(lens_prefix, self.lens)] if self.layout is not None else []
+
+    @property
+    def _rank(self) -> int:
+        return self.config.rank if is_low_rank(self.config.states) else 0
+
+    @property
+    def arrays(self) -> list[ArraySpec]:
+        """All arrays."""
+        made: list[ArraySpec] = []
+        for prefix in self.prefixes:
+            assert self.layout is not None
+            made += self.layout.specs(prefix)
+        for layer in self.hidden:
+            made += hidden_specs(layer, self.width, self.config.states, self._rank)
+        return made
+
+    @property
+    def constants(self) -> dict[str, np.ndarray]:
+        """Arrays of the part as a whole."""
+        return {f"{hidden_prefix(layer)}/basis": self.bases[layer] for layer in self.hidden if layer in self.bases}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the part."""
+        made: dict[str, Any] = {"teacher": {"layers": self.layers, "width": self.width}}
+        if self.layout is not None:
+            assert self.alignment is not None
+            made |= self.layout.attributes()
+            made["alignment"] = {"valid": self.alignment.valid, "masked": list(self.alignment.masked)}
+            made["blocks"] = "geometric"
+        if self.hidden:
+            made |= hidden_attributes(codec=self.config.states, layers=self.hidden, width=self.width, rank=self._rank)
+        return made
+
+
 class Scribe:
     """Turns batches into the arrays of a part.
 
     Args:
         loaded: the teacher.
-        config: the `teachers` section.
-        alignment: ids to normalize over; not needed for states alone.
+        shape: what each unit holds.
         over: whether rows are response positions or audio positions.
-        cover: `k`, `temperatures` and `draws` for distributions, `lens` and `hidden` layers.
-
-    Attributes:
-        arrays: what each unit holds.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        config: TeachersConfig,
-        alignment: Alignment | None,
-        over: Literal["response", "audio"],
-        cover: Mapping[str, Any],
-    ):
+    def __init__(self, loaded: LoadedModel, shape: Shape, over: Literal["response", "audio"]):
         self._loaded = loaded
-        self._config = config
-        self._alignment = alignment
+        self._shape = shape
         self._over = over
-        self._k: int = cover.get("k", 0)
-        self._temperatures: list[float] = cover.get("temperatures", [])
-        self._draws: Mapping[str, int] | None = cover.get("draws")
-        self._lens: list[int] = cover.get("lens", [])
-        self._hidden: list[int] = cover.get("hidden", [])
-        self._bounds = block_bounds(alignment.valid, config.tail_blocks) if alignment is not None else ()
-        self._fidelity = {layer: Fidelity() for layer in self._hidden}
-        prefixes = [TOP, *map(lens_prefix, self._lens)] if self._k else []
-        self.arrays: list[ArraySpec] = []
-        for prefix in prefixes:
-            self.arrays += distribution_specs(
-                prefix,
-                self._k,
-                len(self._temperatures),
-                config.tail_blocks,
-                config.logprob_dtype,
-                draws=0 if self._draws is None else self._draws["count"],
-            )
-        for layer in self._hidden:
-            self.arrays += hidden_specs(layer, loaded.width, config.states)
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Attributes of a part, known before its first batch."""
-        attributes: dict[str, Any] = {"teacher": {"layers": len(self._loaded.layers), "width": self._loaded.width}}
-        if self._k:
-            assert self._alignment is not None
-            attributes |= distribution_attributes(
-                k=self._k, temperatures=self._temperatures, block_bounds=self._bounds, draws=self._draws
-            )
-            attributes["alignment"] = {"valid": self._alignment.valid, "masked": list(self._alignment.masked)}
-            attributes["blocks"] = "geometric"
-        if self._hidden:
-            attributes |= hidden_attributes(codec=self._config.states, layers=self._hidden, width=self._loaded.width)
-        return attributes
+        self._fidelity = {layer: Fidelity() for layer in shape.hidden}
 
     @property
     def measured(self) -> dict[str, Any]:
         """Attributes known after its last batch: how faithful the states' codec is, by layer."""
-        if not self._hidden:
+        if not self._fidelity:
             return {}
         return {"fidelity": {hidden_prefix(layer): seen.result() for layer, seen in self._fidelity.items()}}
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch) -> list[dict[str, np.ndarray]]:
-        """Runs the teacher and cuts what it says into the arrays of each example.
+    def __call__(self, batch: Batch) -> Callable[[], list[dict[str, np.ndarray]]]:
+        """Runs the teacher.
 
         Args:
-            batch: on the CPU.
+            batch: on any device.
+
+        Returns:
+            A function that gives the arrays of each example, to be called once, and in the order of the batches; it
+            waits for their way to the host, encodes, and may run in another thread while the teacher goes on.
 
         Raises:
             KdpipeError: the teacher gives NaN or infinity; names the samples.
         """
-        batch = batch.to(self._loaded.device)
-        response = self._over == "response"
-        rows = batch.response_rows if response else batch.audio_rows
-        offsets = batch.response_offsets if response else batch.audio_offsets
-        with self._loaded.capture([*self._lens, *self._hidden], rows) as states_NH:
+        rows = (batch.response_rows if self._over == "response" else batch.audio_rows).to(self._loaded.device)
+        offsets = batch.response_offsets if self._over == "response" else batch.audio_offsets
+        shape = self._shape
+        with self._loaded.capture([*shape.lens, *shape.hidden], rows) as states_NH:
             last_NH = self._loaded.hidden(batch).flatten(0, 1)[rows]
-        flat: dict[str, np.ndarray] = {}
+        made: dict[str, torch.Tensor] = {}
         try:
-            if self._k:
-                flat |= self._distribution(TOP, last_NH, batch)
-            for layer in self._lens:
-                flat |= self._distribution(lens_prefix(layer), self._loaded.final_norm(states_NH[layer]), batch)
-            for layer in self._hidden:
-                flat |= under(hidden_prefix(layer), self._states(layer, states_NH[layer]))
+            if shape.layout is not None:
+                made |= self._distribution(TOP, last_NH, batch)
+            for layer in shape.lens:
+                made |= self._distribution(lens_prefix(layer), self._loaded.final_norm(states_NH[layer]), batch)
+            for layer in shape.hidden:
+                made |= self._states(layer, states_NH[layer])
         except KdpipeError as error:
             raise KdpipeError(f"{self._loaded.folder.name}, samples {', '.join(batch.ids)}: {error}") from None
-        return [{name: array[start:stop] for name, array in flat.items()} for start, stop in pairwise(offsets)]
+        arrived = to_host(made)
+        return lambda: self._cut(arrived(), offsets)
 
-    def _distribution(self, prefix: str, hidden_NH: torch.Tensor, batch: Batch) -> dict[str, np.ndarray]:
-        assert self._alignment is not None
+    def _distribution(self, prefix: str, hidden_NH: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        layout, alignment = self._shape.layout, self._shape.alignment
+        assert layout is not None and alignment is not None
         draws = {}
-        if self._draws is not None:
+        if layout.draws is not None:
             units = zip(batch.ids, pairwise(batch.response_offsets), strict=True)
-            numbers = [uniforms(unit, prefix, stop - start, self._temperatures) for unit, (start, stop) in units]
+            numbers = [uniforms(unit, prefix, stop - start, layout.temperatures) for unit, (start, stop) in units]
             draws = {
-                "draws": self._draws["count"],
-                "draws_k": self._draws["k"],
+                "draws": layout.draws["count"],
+                "draws_k": layout.draws["k"],
                 "uniforms": torch.from_numpy(np.concatenate(numbers)),
             }
         made = distribution(
             hidden_NH,
             self._loaded.head_weight,
-            k=self._k,
-            temperatures=self._temperatures,
-            bounds=self._bounds,
-            alignment=self._alignment,
-            chunk=self._config.head_chunk,
+            k=layout.kept,
+            temperatures=layout.temperatures,
+            bounds=layout.block_bounds,
+            alignment=alignment,
+            chunk=self._shape.config.head_chunk,
+            mass=1.0 if layout.mass is None else layout.mass,
+            min_k=layout.min_k,
             **draws,
         )
-        # A draw of -1 wraps to `NO_ID`.
-        dtypes = {"ids": np.uint32, "draws": np.uint32, "logprob": np.dtype(self._config.logprob_dtype)}
-        arrays = {name: value.cpu().numpy().astype(dtypes.get(name, np.float32)) for name, value in made.items()}
-        return under(prefix, arrays)
+        return under(prefix, made)
 
-    def _states(self, layer: int, states_NH: torch.Tensor) -> dict[str, np.ndarray]:
-        arrays = encode_states(states_NH, self._config.states)
+    def _states(self, layer: int, states_NH: torch.Tensor) -> dict[str, torch.Tensor]:
+        encoded = encode_tensors(states_NH, self._shape.config.states, self._shape.bases.get(layer))
+        # `true` is no array of the part: rows to measure the codec on.
         step = max(1, len(states_NH) // FIDELITY_ROWS)
-        seen = {name: array[::step] for name, array in arrays.items()}
-        self._fidelity[layer].update(states_NH[::step].cpu(), decode_states(seen, self._config.states))
+        return under(hidden_prefix(layer), encoded | {"true": states_NH[::step].float()})
+
+    def _cut(self, flat: dict[str, np.ndarray], offsets: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Arrays of each example, from what the whole batch gave."""
+        for layer in self._shape.hidden:
+            prefix = hidden_prefix(layer) + "/"
+            true = torch.from_numpy(flat.pop(f"{prefix}true"))
+            step = max(1, len(flat[f"{prefix}states"]) // FIDELITY_ROWS)
+            mine = {name.removeprefix(prefix): a[::step] for name, a in flat.items() if name.startswith(prefix)}
+            if layer in self._shape.bases:
+                mine["basis"] = self._shape.bases[layer]
+            self._fidelity[layer].update(true, decode_states(mine, self._shape.config.states).float())
+        return [self._unit({name: array[a:b] for name, array in flat.items()}) for a, b in pairwise(offsets)]
+
+    def _unit(self, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = {name: array for name, array in flat.items() if name.startswith("hidden/")}
+        for prefix in self._shape.prefixes:
+            assert self._shape.layout is not None
+            mine = {name.removeprefix(f"{prefix}/"): a for name, a in flat.items() if name.startswith(f"{prefix}/")}
+            arrays |= under(prefix, self._shape.layout.encode(mine))
         return arrays
+
+
+def to_host(tensors: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, np.ndarray]]:
+    """Starts copying tensors to the host, and gives a function that waits until they are there.
+
+    From a GPU they go to pinned memory while it computes on.
+    """
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return lambda: {name: tensor.numpy() for name, tensor in tensors.items()}
+    copies = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+    done = torch.cuda.Event()
+    done.record()
+
+    def arrived() -> dict[str, np.ndarray]:
+        done.synchronize()
+        return {name: copy.numpy() for name, copy in copies.items()}
+
+    return arrived
 
 
 def batches(jobs: Sequence[Job], budget: int) -> Iterator[Sequence[Job]]:
@@ -210,63 +289,3 @@ def batches(jobs: Sequence[Job], budget: int) -> Iterator[Sequence[Job]]:
         longest, tower = max(longest, job.example.length), tower + job.tower
     if start < len(jobs):
         yield jobs[start:]
-
-
-def write_down(
-    ctx: Context,
-    ledger: Ledger,
-    source: str,
-    jobs: Sequence[Job],
-    encoder: Encoder,
-    scribe_for: Callable[[Mapping[str, Any]], Scribe],
-    features: Callable[[Job], Example] | None = None,
-) -> None:
-    """Runs a teacher over `jobs` and commits each part as it is done.
-
-    Jobs are taken by what they store, then by length, then by id, so that the same jobs give the same bytes, and
-    so does the rest after an interruption.
-
-    Args:
-        ctx: the run.
-        ledger: takes the parts.
-        source: `textual`, `acoustic` or `acoustic_top`.
-        jobs: in any order.
-        encoder: of the teacher.
-        scribe_for: makes the scribe of a part from what it stores.
-        features: adds the clips' features to a job's example, in threads ahead; None for text.
-    """
-    if not jobs:
-        return
-    config = ctx.config.teachers
-
-    def place(job: Job) -> tuple[str, int, str]:
-        return repr(sorted(job.cover.items())), job.example.length, job.example.id
-
-    ordered = sorted(jobs, key=place)
-    with progress(len(jobs), f"{source} teacher", "sample") as bar:
-        for part_jobs in _parts(ordered, config.part_samples):
-            scribe = scribe_for(part_jobs[0].cover)
-            ready = prefetch(part_jobs, features or _as_is, depth=4 * THREADS, threads=THREADS if features else 0)
-            with (
-                closing(ready),
-                building(ctx, ledger, source, scribe.arrays, scribe.attributes, part_jobs[0].cover) as part,
-            ):
-                for batch_jobs in batches(part_jobs, config.batch_tokens):
-                    examples = [next(ready) for _ in batch_jobs]
-                    for job, arrays in zip(batch_jobs, scribe(encoder.collate(examples)), strict=True):
-                        part.add(job.wants, arrays)
-                    bar.update(len(batch_jobs))
-                heard = [sample for job in part_jobs for sample in job.samples] if features else []
-                part.commit(heard, attributes=scribe.measured)
-
-
-def _as_is(job: Job) -> Example:
-    return job.example
-
-
-def _parts(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
-    start = 0
-    for stop in range(1, len(jobs) + 1):
-        if stop == len(jobs) or stop - start == size or jobs[stop].cover != jobs[start].cover:
-            yield jobs[start:stop]
-            start = stop

@@ -1,7 +1,8 @@
-"""From hidden states to stored distributions, without ever holding [tokens, vocabulary].
+"""From hidden states to stored distributions in one sweep of the output head, never holding [tokens, vocabulary].
 
-Dimension key: N response positions, R rows of one chunk, H width, V shared ids counted with masked ones, K kept
-entries, T temperatures, B vocabulary blocks, D draws.
+Shape suffixes: N response positions, R rows of one chunk, H width, V shared ids counted with masked ones, W columns
+(V and what fills up its blocks), P pieces of `_PIECE` columns each, K kept entries, G columns of the pieces that may
+hold them, T temperatures, B vocabulary blocks, D draws.
 
 For logits z over the shared ids (masked ids are -inf before anything is normalized) and the K largest of them:
 
@@ -9,15 +10,19 @@ For logits z over the shared ids (masked ids are -inf before anything is normali
     logprob  = z_kept - log_z[1]
     log_tail[T, b] = log sum_{v in block b, v not kept} exp(z_v / T) - log_z[T]
 
-Tails are summed over what is left, never taken as `1 - sum(kept)`: a teacher that is sure would leave only rounding
-error there. Draws are ids of the tail, each with the probability exp(z_v / T) / sum of them; see `draws`.
+The sweep leaves of each piece its largest logit and its log-sum-exp at each temperature, while the logits are still in
+the processor's cache. The K largest logits stand in the K pieces with the largest maxima, so only these are searched,
+and only their sums are taken again without what is kept. Tails are sums over what is left, never `1 - sum(kept)`: a
+teacher that is sure would leave only rounding error there. Draws are ids of the tail, each with the probability
+exp(z_v / T) / sum of them; see `draws`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 
@@ -25,7 +30,8 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.cache_teachers.draws import systematic_draws
 from kdpipe.stages.models.vocabulary import Alignment
 
-_HEAD_ROWS = 8192  # rows of the output head that are widened to float32 at a time
+_PIECE = 128
+_TILE_BYTES = 4 << 20  # logits of this size are swept at a time
 
 
 def distribution(
@@ -37,6 +43,8 @@ def distribution(
     bounds: Sequence[int],
     alignment: Alignment,
     chunk: int,
+    mass: float = 1.0,
+    min_k: int = 1,
     draws: int = 0,
     draws_k: int | None = None,
     uniforms: torch.Tensor | None = None,
@@ -48,91 +56,171 @@ def distribution(
     Args:
         hidden_NH: states after the final norm, [N, H].
         weight_VH: output head, at least `alignment.valid` rows.
-        k: entries to keep, at most the number of shared ids.
+        k: most entries to keep, at most the number of shared ids.
         temperatures: the T temperatures that logits are divided by, 1 among them.
         bounds: B + 1 bounds of the vocabulary blocks, from 0 to `alignment.valid`.
         alignment: ids to normalize over.
         chunk: positions taken through the output head at once.
-        draws: ids D to draw from the tail at each temperature; 0: none.
+        mass: below 1, of a position only as many of the k are kept as reach this mass at temperature 1.
+        min_k: the fewest then kept.
+        draws: ids D to draw from the tail at each temperature; 0: none. Not together with a mass.
         draws_k: likeliest ids that are not in the tail that is drawn from, at most k; None: k.
         uniforms: float64 [N, T] in [0, 1), which decide on the draws; not needed without.
 
     Returns:
-        On the states' device: `ids` int64 [N, K], likeliest first; `logprob` [N, K] at temperature 1 (nats);
-        `log_z` [N, T]; `log_tail` [N, T, B], -inf where nothing is left; with draws also `draws` int64 [N, T, D],
-        -1 where nothing is left to draw from.
+        On the states' device: `ids` int64 [N, K], likeliest first, -1 where a position keeps fewer; `logprob` [N, K] at
+        temperature 1 (nats), -inf there; `log_z` [N, T]; `log_tail` [N, T, B], -inf where nothing is left; with draws
+        also `draws` int64 [N, T, D], -1 where nothing is left to draw from.
 
     Raises:
         KdpipeError: a logit is NaN or infinite.
     """
-    masked = torch.tensor(alignment.masked, dtype=torch.int64, device=hidden_NH.device)
     assert bounds[0] == 0 and bounds[-1] == alignment.valid
     uniforms_NT = hidden_NH.new_zeros(len(hidden_NH), len(temperatures), dtype=torch.float64)
     if draws:
-        assert uniforms is not None and uniforms.shape == uniforms_NT.shape
+        assert uniforms is not None and uniforms.shape == uniforms_NT.shape and mass >= 1
         uniforms_NT.copy_(uniforms)
     beside = k if draws_k is None else draws_k
     assert beside <= k
-    parts = [
-        _chunk(rows_RH, weight_VH, k, temperatures, bounds, alignment.valid, masked, _Draws(draws, beside, uniforms_RT))
-        for rows_RH, uniforms_RT in zip(hidden_NH.split(chunk), uniforms_NT.split(chunk), strict=True)
-    ]
+    sweep = _Sweep.over(bounds, alignment, hidden_NH.device)
+    parts = []
+    for rows_RH, uniforms_RT in zip(hidden_NH.split(chunk), uniforms_NT.split(chunk), strict=True):
+        logits_RW, peaks_RP, sums_RTP = sweep.logits(rows_RH, weight_VH, temperatures)
+        part = sweep.largest(logits_RW, peaks_RP, sums_RTP, k, temperatures, mass, min_k)
+        if draws:
+            part["draws"] = sweep.draws(logits_RW, part["ids"][:, :beside], temperatures, uniforms_RT, draws)
+        parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class _Draws(NamedTuple):
-    """How many to draw, beside how many of the likeliest ids, and by which numbers."""
+@dataclass(frozen=True)
+class _Sweep:
+    """Columns of logits: each vocabulary block starts on a piece of its own, filled up with -inf.
 
-    count: int
-    k: int
-    uniforms_RT: torch.Tensor
+    Attributes:
+        bounds: of the blocks, as ids.
+        columns: first column of each block, and the end W.
+        id_W: int64, the id of a column; -1 for filling.
+        column_V: int64, the column of an id.
+        masked: columns of masked ids, rising.
+    """
 
+    bounds: Sequence[int]
+    columns: Sequence[int]
+    id_W: torch.Tensor
+    column_V: torch.Tensor
+    masked: Sequence[int]
 
-def _chunk(
-    hidden_RH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    k: int,
-    temperatures: Sequence[float],
-    bounds: Sequence[int],
-    valid: int,
-    masked: torch.Tensor,
-    draws: _Draws,
-) -> dict[str, torch.Tensor]:
-    logits_RV = _logits(hidden_RH, weight_VH[:valid])
-    logits_RV[:, masked] = -torch.inf
-    log_z_RT = torch.stack([torch.logsumexp(logits_RV / T, dim=1) for T in temperatures], dim=1)
-    if not bool(torch.isfinite(log_z_RT).all()):
-        raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
-    kept_RK, ids_RK = torch.topk(logits_RV, k, dim=1)
-    drawn: dict[str, torch.Tensor] = {}
-    if draws.count:
-        logits_RV.scatter_(1, ids_RK[:, : draws.k], -torch.inf)
-        by_temperature = zip(temperatures, draws.uniforms_RT.unbind(1), strict=True)
-        drawn_TRD = [systematic_draws(logits_RV, T, uniform_R, draws.count) for T, uniform_R in by_temperature]
-        drawn["draws"] = torch.stack(drawn_TRD, dim=1)
-    logits_RV.scatter_(1, ids_RK, -torch.inf)
-    tails = []
-    for column, T in enumerate(temperatures):
-        left_RB = torch.stack(
-            [torch.logsumexp(logits_RV[:, low:high] / T, dim=1) for low, high in pairwise(bounds)],
-            dim=1,
+    @staticmethod
+    def over(bounds: Sequence[int], alignment: Alignment, device: torch.device) -> _Sweep:
+        columns = [0]
+        for low, high in pairwise(bounds):
+            columns.append(columns[-1] + -(-(high - low) // _PIECE) * _PIECE)
+        column_V = torch.cat(
+            [torch.arange(high - low) + first for (low, high), first in zip(pairwise(bounds), columns, strict=False)]
         )
-        tails.append(left_RB - log_z_RT[:, column, None])
-    return {
-        "ids": ids_RK,
-        "logprob": kept_RK - log_z_RT[:, temperatures.index(1.0), None],
-        "log_z": log_z_RT,
-        "log_tail": torch.stack(tails, dim=1),
-        **drawn,
-    }
+        id_W = torch.full((columns[-1],), -1, dtype=torch.int64)
+        id_W[column_V] = torch.arange(bounds[-1])
+        masked = column_V[torch.tensor(sorted(alignment.masked), dtype=torch.int64)].tolist()
+        return _Sweep(bounds, columns, id_W.to(device), column_V.to(device), masked)
+
+    def logits(
+        self, hidden_RH: torch.Tensor, weight_VH: torch.Tensor, temperatures: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [R, W], and of each piece the largest [R, P] and the log-sum-exp at each temperature [R, T, P]."""
+        dtype = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
+        rows, pieces = len(hidden_RH), self.columns[-1] // _PIECE
+        logits_RW = hidden_RH.new_empty(rows, self.columns[-1], dtype=dtype)
+        peaks_RP = logits_RW.new_empty(rows, pieces)
+        sums_RTP = logits_RW.new_empty(rows, len(temperatures), pieces)
+        wide = max(1, _TILE_BYTES // (_PIECE * logits_RW.element_size() * max(rows, 1))) * _PIECE
+        for (low, high), start in zip(pairwise(self.bounds), self.columns, strict=False):
+            for first in range(low, high, wide):
+                last = min(first + wide, high)
+                column = start + first - low
+                stop = -(-(column + last - first) // _PIECE) * _PIECE
+                _product(hidden_RH, weight_VH[first:last], logits_RW[:, column : column + last - first])
+                logits_RW[:, column + last - first : stop] = -torch.inf
+                for one in self.masked[bisect_left(self.masked, column) : bisect_left(self.masked, stop)]:
+                    logits_RW[:, one] = -torch.inf
+                here_RpC = logits_RW[:, column:stop].unflatten(1, (-1, _PIECE))
+                span = slice(column // _PIECE, stop // _PIECE)
+                peaks_RP[:, span], sums_RTP[:, :, span] = _summed(here_RpC, temperatures)
+        return logits_RW, peaks_RP, sums_RTP
+
+    def largest(
+        self,
+        logits_RW: torch.Tensor,
+        peaks_RP: torch.Tensor,
+        sums_RTP: torch.Tensor,
+        k: int,
+        temperatures: Sequence[float],
+        mass: float,
+        min_k: int,
+    ) -> dict[str, torch.Tensor]:
+        """The likeliest ids and what is left of each block."""
+        log_z_RT = torch.logsumexp(sums_RTP, dim=2)
+        if not bool(torch.isfinite(log_z_RT).all()):
+            raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
+        piece_RQ = peaks_RP.topk(min(k, peaks_RP.shape[1]), dim=1, sorted=False).indices
+        column_RG = (piece_RQ[:, :, None] * _PIECE + torch.arange(_PIECE, device=piece_RQ.device)).flatten(1)
+        found_RG = logits_RW.gather(1, column_RG)
+        kept_RK, place_RK = found_RG.topk(k, dim=1)
+        ids_RK = self.id_W[column_RG.gather(1, place_RK)]
+        logprob_RK = kept_RK - log_z_RT[:, temperatures.index(1.0), None]
+        if mass < 1:
+            before_RK = logprob_RK.exp().cumsum(1).roll(1, dims=1)
+            gone_RK = before_RK >= mass
+            gone_RK[:, :min_k] = False
+            # Only what is kept leaves the tail; the likeliest id stands in for the others.
+            place_RK = torch.where(gone_RK, place_RK[:, :1], place_RK)
+            ids_RK, logprob_RK = ids_RK.masked_fill(gone_RK, -1), logprob_RK.masked_fill(gone_RK, -torch.inf)
+        found_RG.scatter_(1, place_RK, -torch.inf)
+        _, left_RTQ = _summed(found_RG.unflatten(1, (-1, _PIECE)), temperatures)
+        sums_RTP = sums_RTP.scatter(2, piece_RQ[:, None].expand_as(left_RTQ), left_RTQ)
+        tails = [
+            torch.logsumexp(sums_RTP[:, :, low // _PIECE : high // _PIECE], dim=2)
+            for low, high in pairwise(self.columns)
+        ]
+        log_tail_RTB = torch.stack(tails, dim=2) - log_z_RT[:, :, None]
+        return {"ids": ids_RK, "logprob": logprob_RK, "log_z": log_z_RT, "log_tail": log_tail_RTB}
+
+    def draws(
+        self,
+        logits_RW: torch.Tensor,
+        beside_RK: torch.Tensor,
+        temperatures: Sequence[float],
+        uniforms_RT: torch.Tensor,
+        draws: int,
+    ) -> torch.Tensor:
+        """Ids [R, T, D] drawn from what `beside_RK` leaves; the logits of these are overwritten."""
+        logits_RW.scatter_(1, self.column_V[beside_RK], -torch.inf)
+        by_temperature = zip(temperatures, uniforms_RT.unbind(1), strict=True)
+        columns = [systematic_draws(logits_RW, T, uniform_R, draws) for T, uniform_R in by_temperature]
+        column_RTD = torch.stack(columns, dim=1)
+        return torch.where(column_RTD < 0, -1, self.id_W[column_RTD.clamp_min(0)])
 
 
-def _logits(hidden_RH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
-    """Logits [R, V] in float32: a product rounded to bfloat16 would be off by 0.1 at a logit of 20."""
-    dtype = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
-    wide_RH = hidden_RH.to(dtype)
-    logits_RV = wide_RH.new_empty(len(hidden_RH), len(weight_VH))
-    for low in range(0, len(weight_VH), _HEAD_ROWS):
-        rows_VH = weight_VH[low : low + _HEAD_ROWS].to(dtype)
-        torch.mm(wide_RH, rows_VH.T, out=logits_RV[:, low : low + _HEAD_ROWS])
-    return logits_RV
+def _product(hidden_RH: torch.Tensor, weight_VH: torch.Tensor, out_RV: torch.Tensor) -> None:
+    """Logits in float32 at least: rounded to bfloat16 they would be off by 0.1 at a logit of 20."""
+    dtype = out_RV.dtype
+    half = hidden_RH.dtype == weight_VH.dtype and hidden_RH.dtype in (torch.bfloat16, torch.float16)
+    if half and hidden_RH.is_cuda:
+        # Products of such operands are exact in float32, and tensor cores add them up in it.
+        out_RV.copy_(torch.mm(hidden_RH, weight_VH.T, out_dtype=dtype))
+    else:
+        torch.mm(hidden_RH.to(dtype), weight_VH.to(dtype).T, out=out_RV)
+
+
+def _summed(logits_RpC: torch.Tensor, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest [R, p] and log-sum-exp [R, T, p] of each piece; -inf where all is -inf."""
+    peak_Rp = logits_RpC.amax(2)
+    base_Rp = peak_Rp.clamp_min(torch.finfo(peak_Rp.dtype).min)
+    sums = []
+    for T in temperatures:
+        shifted_RpC = logits_RpC - base_Rp[..., None]
+        if T != 1:
+            shifted_RpC /= T
+        sums.append(shifted_RpC.exp_().sum(2).log() + base_Rp / T)
+    sums_RTp = torch.stack(sums, dim=1)
+    return peak_Rp, torch.where(peak_Rp[:, None] == -torch.inf, -torch.inf, sums_RTp)

@@ -30,6 +30,7 @@ class PartBuilder:
         arrays: arrays of every unit.
         attributes: of the part.
         cover: what every unit holds beyond its key.
+        constants: arrays of the part as a whole.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class PartBuilder:
         arrays: Sequence[ArraySpec],
         attributes: Mapping[str, Any],
         cover: Mapping[str, Any],
+        constants: Mapping[str, np.ndarray] | None = None,
     ):
         self._ctx = ctx
         self._ledger = ledger
         self._source = source
         self._path = path
         self._cover = dict(cover)
-        self._writer = PartWriter(path, source=source, arrays=arrays, attributes=attributes)
+        self._writer = PartWriter(path, source=source, arrays=arrays, attributes=attributes, constants=constants)
         self._units: list[tuple[str, str]] = []
         self._rows: list[Row] = []
 
@@ -69,13 +71,14 @@ class PartBuilder:
             info: further JSON values kept with the unit.
         """
         first = wants[0]
-        key, tokens = first.key, len(next(iter(arrays.values())))
+        key = first.key
         about: dict[str, Any] = {"fields": dict(first.fields), "cover": self._cover, "length": length}
         about |= {"content": content, **(info or {})}
         unit_id = first.id
         if self._source == "acoustic":
             unit_id, about = key, about | {"samples": [{"id": want.id} for want in wants]}
         place = self._writer.append(unit_id, key, arrays, about)
+        tokens = self._writer.tokens(place)
         self._units.append((unit_id, key))
         for want in wants:
             row = Row(want.id, self._source, key, want.fields, "", place, tokens, length, content, self._cover)
@@ -115,7 +118,8 @@ def building(
     arrays: Sequence[ArraySpec],
     attributes: Mapping[str, Any],
     cover: Mapping[str, Any],
+    constants: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[PartBuilder]:
     """A part built aside, and thrown away unless it is committed within the block."""
     with build_aside(ledger.tmp, ".zarr") as path:
-        yield PartBuilder(ctx, ledger, source, path, arrays, attributes, cover)
+        yield PartBuilder(ctx, ledger, source, path, arrays, attributes, cover, constants)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from kdpipe.data.errors import ConfigError
+from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context
 from kdpipe.stages.cache_teachers.layers import acoustic_layers, layer_map
 from kdpipe.stages.models.folder import ModelFolder, resolve
@@ -22,7 +23,9 @@ class Requirements:
         textual: the teacher that reads, or None where no term needs it.
         acoustic: the teacher that hears, or None.
         alignment: ids that all distributions are over, the same in all of them.
-        k: entries kept of a distribution, no more than there are shared ids.
+        k: most entries kept of a distribution, no more than there are shared ids.
+        mass: mass that the kept entries reach, where k allows it; 1: k of each are kept.
+        min_k: the fewest entries kept; k where the mass is 1.
         temperatures: rising, 1 among them.
         lens: textual-teacher layers whose lens distributions are wanted, without the last: its lens is the top.
         hidden: textual-teacher layers whose states are wanted.
@@ -36,6 +39,8 @@ class Requirements:
     acoustic: ModelFolder | None
     alignment: Alignment
     k: int
+    mass: float
+    min_k: int
     temperatures: tuple[float, ...]
     lens: tuple[int, ...]
     hidden: tuple[int, ...]
@@ -93,13 +98,20 @@ def requirements(ctx: Context) -> Requirements:
     alignment = _align_all(
         student, [reader, *([acoustic] if acoustic is not None and weights.acoustic_top > 0 else [])]
     )
-    shared = alignment.valid - len(alignment.masked)
+    rank = config.teachers.rank if is_low_rank(config.teachers.states) else 0
+    for one, layers in ((textual, hidden), (acoustic, heard)):
+        if one is not None and layers and rank > one.width:
+            raise ConfigError([f"teachers.rank: {rank} is more than the width of {one.name}, {one.width}. Lower it."])
+    k = min(config.teachers.k, alignment.valid - len(alignment.masked))
+    mass = 1.0 if config.teachers.mass is None else config.teachers.mass
     return Requirements(
         student,
         textual,
         acoustic,
         alignment,
-        k=min(config.teachers.k, shared),
+        k=k,
+        mass=mass,
+        min_k=k if mass >= 1 else min(k, config.teachers.min_k),
         temperatures=tuple(sorted({1.0, *map(float, config.teachers.temperatures)})),
         lens=lens,
         hidden=hidden,

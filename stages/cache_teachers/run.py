@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,27 +17,44 @@ from kdpipe.data.store.format import TARGET_IDS
 from kdpipe.data.store.reader import Store
 from kdpipe.data.stream import prefetch
 from kdpipe.stages.base import Context, Wanted, covers
-from kdpipe.stages.cache_teachers.capture import Job, Scribe, write_down
+from kdpipe.stages.cache_teachers.capture import Job
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
-from kdpipe.stages.cache_teachers.stage import STAGE
+from kdpipe.stages.cache_teachers.stage import STAGE, UPSTREAM
 from kdpipe.stages.cache_teachers.targets import THREADS, make_targets, refuse_long
-from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.cache_teachers.teach import Task, Teacher, write_served
 from kdpipe.stages.models.inputs import AUDIO_TOKEN, Encoder, Example
-from kdpipe.stages.models.loaded import load_model
 from kdpipe.stages.models.prompt import fill, refuse_special
-from kdpipe.stages.textualize.table import TraceRow, read_traces
+from kdpipe.stages.textualize.table import read_traces
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What all sources share."""
+    """What all sources share.
+
+    Attributes:
+        ctx: the run.
+        ledger: of this stage.
+        traces: the ledger of textualize.
+        needs: what is asked of the teachers.
+        samples: by id, in the manifest's order.
+        places: place of each in the manifest.
+        store: what is there.
+    """
 
     ctx: Context
     ledger: Ledger
+    traces: Ledger
     needs: Requirements
     samples: Mapping[str, Sample]
-    traces: Mapping[str, TraceRow]
+    places: Mapping[str, int]
     store: Store
+
+    @staticmethod
+    def of(ctx: Context) -> _Work:
+        ledger = ctx.ledger(STAGE.name)
+        samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
+        places = {sample: place for place, sample in enumerate(samples)}
+        return _Work(ctx, ledger, ctx.ledger(UPSTREAM), requirements(ctx), samples, places, Store(ledger.parts, ledger))
 
 
 def run(ctx: Context, todo: Sequence[Wanted]) -> None:
@@ -52,42 +67,50 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
     Raises:
         KdpipeError: a model cannot be loaded, the tokenizers disagree, or an input changed meanwhile.
     """
-    needs = requirements(ctx)
-    ledger = ctx.ledger(STAGE.name)
-    samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
-    work = _Work(ctx, ledger, needs, samples, read_traces(ctx), Store(ledger.parts, ledger))
+    work = _Work.of(ctx)
+    ledger, needs = work.ledger, work.needs
     wants: dict[str, list[Wanted]] = {source: [] for source in needs.sources}
     for want in todo:
         wants[want.source].append(want)
-    make_targets(ctx, ledger, needs, wants["targets"], samples, work.traces)
-    aligned = {row.id for row in ledger.rows() if row.source == "targets"}
-    later = {source: [want for want in asked if want.id in aligned] for source, asked in wants.items()}
+    make_targets(ctx, ledger, needs, wants["targets"], work.samples, work.traces)
+    later = {
+        source: [want for want in asked if ledger.get(want.id, "targets") is not None]
+        for source, asked in wants.items()
+    }
     if later.get("textual"):
         _textual(work, later["textual"])
     if later.get("acoustic") or later.get("acoustic_top"):
         _acoustic(work, later.get("acoustic", []), later.get("acoustic_top", []))
-    known = work.traces.keys() & samples.keys()
+    known = {row.id for row in work.traces.rows()} & work.samples.keys()
     rejected = {r.id for r in ledger.rejects() if r.source in needs.sources} & known
     ctx.say(f"cache-teachers: {len(known) - len(rejected)} samples are cached, {len(rejected)} rejected")
 
 
 def _textual(work: _Work, wants: Sequence[Wanted]) -> None:
-    folder, config = work.needs.textual, work.ctx.config.teachers
+    folder, asks = work.needs.textual, work.ctx.config.teachers.textual
     assert folder is not None
     encoder = Encoder(folder)
-    asks = config.textual
 
-    def build(want: Wanted) -> Job:
-        sample, description = work.samples[want.id], work.traces[want.id].description
-        refuse_special((sample.question, *sample.choices, description), encoder.special)
-        text = encoder.prompt_text(
-            fill(asks.prompt, sample, description), system=asks.system, **asks.chat_template_kwargs
-        )
-        example = _with_targets(work, sample, encoder.prompt_ids(text))
-        return Job((want,), (sample,), example, _kept_too(work, [want]))
+    def build(wants: Sequence[Wanted]) -> list[Job]:
+        traces = read_traces(work.traces, {want.id for want in wants})
 
-    jobs = _build_all(work, wants, build)
-    _run_teacher(work, folder, encoder, [("textual", jobs, "response")])
+        def one(want: Wanted) -> Job:
+            sample, description = work.samples[want.id], traces[want.id].description
+            refuse_special((sample.question, *sample.choices, description), encoder.special)
+            text = encoder.prompt_text(
+                fill(asks.prompt, sample, description), system=asks.system, **asks.chat_template_kwargs
+            )
+            example = _with_targets(work, sample, encoder.prompt_ids(text))
+            return Job((want,), (sample,), example, _kept_too(work, [want]))
+
+        return _build_all(work, wants, one)
+
+    task = Task("textual", wants, "response", build)
+    if asks.engine == "vllm":
+        write_served(work.ctx, work.ledger, work.needs, folder, work.places, task)
+        return
+    with Teacher(work.ctx, work.ledger, work.needs, folder, encoder, work.places) as teacher:
+        teacher.write(task)
 
 
 def _acoustic(work: _Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) -> None:
@@ -95,60 +118,37 @@ def _acoustic(work: _Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) 
     assert folder is not None
     encoder = Encoder(folder)
 
-    def job(wants: Sequence[Wanted], example: Example, cover: Mapping[str, Any]) -> Job:
+    def job(wants: Sequence[Wanted], example: Example) -> Job:
         tower = sum(encoder.tower_positions(frames) for frames in _frames(work, wants[0].id))
-        return Job(tuple(wants), tuple(work.samples[want.id] for want in wants), example, cover, tower)
+        samples = tuple(work.samples[want.id] for want in wants)
+        return Job(tuple(wants), samples, example, _kept_too(work, wants), tower)
 
     def hear(wants: Sequence[Wanted]) -> Job:
         first = wants[0]
         frames = _frames(work, first.id)
         prompt_ids = encoder.prompt_ids(_audio_prefix(encoder, student.system, len(frames)), frames)
-        return job(wants, Example(first.key, np.array(prompt_ids, np.int32)), _kept_too(work, wants))
+        return job(wants, Example(first.key, np.array(prompt_ids, np.int32)))
 
     def answer(want: Wanted) -> Job:
         sample, frames = work.samples[want.id], _frames(work, want.id)
         text = encoder.prompt_text(fill(student.prompt, sample), system=student.system, clips=len(frames))
-        example = _with_targets(work, sample, encoder.prompt_ids(text, frames))
-        return job([want], example, _kept_too(work, [want]))
+        return job([want], _with_targets(work, sample, encoder.prompt_ids(text, frames)))
 
-    by_key: dict[str, list[Wanted]] = {}
-    for want in _link_known(work, heard):
-        by_key.setdefault(want.key, []).append(want)
-    states = _build_all(work, list(by_key.values()), hear)
-    tops = _build_all(work, answered, answer)
-    _run_teacher(work, folder, encoder, [("acoustic", states, "audio"), ("acoustic_top", tops, "response")])
+    def build_heard(wants: Sequence[Wanted]) -> list[Job]:
+        by_key: dict[str, list[Wanted]] = {}
+        for want in _link_known(work, wants):
+            by_key.setdefault(want.key, []).append(want)
+        return _build_all(work, list(by_key.values()), hear)
 
-
-_Task = tuple[str, Sequence[Job], Literal["response", "audio"]]
-"""Source, what to make, and which positions it is about."""
-
-
-def _run_teacher(work: _Work, folder: ModelFolder, encoder: Encoder, tasks: Sequence[_Task]) -> None:
-    """Loads a teacher, writes down what it knows, and frees it."""
-    if any(jobs for _, jobs, _ in tasks):
-        _with_teacher(work, folder, encoder, tasks)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _with_teacher(work: _Work, folder: ModelFolder, encoder: Encoder, tasks: Sequence[_Task]) -> None:
-    config = work.ctx.config.teachers
-    loaded = load_model(folder, device=config.device)
+    def build_answered(wants: Sequence[Wanted]) -> list[Job]:
+        return _build_all(work, wants, answer)
 
     def features(job: Job) -> Example:
         return replace(job.example, features=_features(work.ctx, encoder, job.samples[0]))
 
-    for source, jobs, over in tasks:
-        write_down(
-            work.ctx,
-            work.ledger,
-            source,
-            jobs,
-            encoder,
-            partial(Scribe, loaded, config, work.needs.alignment, over),
-            None if source == "textual" else features,
-        )
+    with Teacher(work.ctx, work.ledger, work.needs, folder, encoder, work.places) as teacher:
+        teacher.write(Task("acoustic", heard, "audio", build_heard, features))
+        teacher.write(Task("acoustic_top", answered, "response", build_answered, features))
 
 
 def _build_all(work: _Work, items: Sequence[Any], build: Callable[[Any], Job]) -> list[Job]:
@@ -236,14 +236,18 @@ def _kept_too(work: _Work, wants: Sequence[Wanted]) -> dict[str, Any]:
                 merged[name] = sorted({*(have or []), *value})
             else:
                 merged[name] = value if isinstance(value, Mapping) else max(have or 0, value)
+    if merged.get("mass", 0) >= 1:
+        merged["min_k"] = merged["k"]
     return merged
 
 
 def _link_known(work: _Work, wants: Sequence[Wanted]) -> list[Wanted]:
     """Points wants at units that other samples with the same clips have already; gives those that are left."""
-    lost = work.ledger.lost_parts()
+    asked, lost = {want.key for want in wants}, work.ledger.lost_parts()
     known: dict[str, Row] = {
-        row.key: row for row in work.ledger.rows() if row.source == "acoustic" and row.part not in lost
+        row.key: row
+        for row in work.ledger.rows()
+        if row.source == "acoustic" and row.key in asked and row.part not in lost
     }
     rows, left = [], []
     for want in wants:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdpipe.data.hashing import digest
+from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context, StagePlan, Wanted
 from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
+from kdpipe.stages.config import TeachersConfig
 from kdpipe.stages.textualize.stage import sample_fields
 
 UPSTREAM = "textualize"
@@ -29,7 +31,7 @@ class CacheTeachers:
     """Targets, and what the teachers know about them."""
 
     name: str = "cache-teachers"
-    version: int = 1
+    version: int = 2
     needs: tuple[str, ...] = (UPSTREAM,)
     whole: bool = False
 
@@ -108,18 +110,26 @@ def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str,
             }
         )
         if needs.hidden:
-            fields["textual"]["codec"] = teachers.states
+            fields["textual"]["codec"] = _codec(teachers)
+        if asks.engine != "transformers":
+            # Only where it is not the default, whose keys are older than the choice.
+            fields["textual"]["engine"] = asks.engine
     if needs.acoustic is not None:
         model = {"version": str(version), "acoustic.model": needs.acoustic.digest(ctx.prints)}
         limits = {"limits": digest([length, seconds])}
-        fields["acoustic"] = model | {"system": digest(config.student.system), "codec": teachers.states}
+        fields["acoustic"] = model | {"system": digest(config.student.system), "codec": _codec(teachers)}
         fields["acoustic_top"] = tokenizer | model | prompt | alignment | numerics | limits
     return fields
 
 
+def _codec(teachers: TeachersConfig) -> str:
+    return f"{teachers.states} {teachers.rank}" if is_low_rank(teachers.states) else teachers.states
+
+
 def _covers(needs: Requirements) -> dict[str, dict[str, Any]]:
     """What must be stored beyond the key: more than is asked for serves, too."""
-    kept: dict[str, Any] = {"k": needs.k, "temperatures": list(needs.temperatures)}
+    kept: dict[str, Any] = {"k": needs.k, "mass": needs.mass, "min_k": needs.min_k}
+    kept["temperatures"] = list(needs.temperatures)
     if needs.draws:
         kept["draws"] = {"count": needs.draws, "k": needs.k}
     inner = {name: list(layers) for name, layers in (("lens", needs.lens), ("hidden", needs.hidden)) if layers}

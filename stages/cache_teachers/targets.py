@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.prompt import fill, refuse_special
 from kdpipe.stages.models.vocabulary import Alignment
 from kdpipe.stages.progress import progress
-from kdpipe.stages.textualize.table import TraceRow
+from kdpipe.stages.textualize.table import TraceRow, read_traces
 
 THREADS = min(8, os.cpu_count() or 1)
 """Threads that decode clips and tokenize ahead."""
@@ -98,16 +99,25 @@ def make_targets(
     needs: Requirements,
     wants: Sequence[Wanted],
     samples: Mapping[str, Sample],
-    traces: Mapping[str, TraceRow],
+    traces: Ledger,
 ) -> None:
-    """Makes and commits the targets of `wants`, part by part, in their order."""
+    """Makes and commits the targets of `wants`, part by part, in their order.
+
+    Args:
+        ctx: the run.
+        ledger: of this stage.
+        needs: what is asked of the teachers.
+        wants: of the source `targets`.
+        samples: by id.
+        traces: the ledger of textualize.
+    """
     if not wants:
         return
     encoder = Encoder(needs.student)
 
-    def load(want: Wanted) -> Target | Rejected:
+    def load(found: Mapping[str, TraceRow], want: Wanted) -> Target | Rejected:
         try:
-            return make_target(ctx, encoder, needs.alignment, samples[want.id], traces.get(want.id))
+            return make_target(ctx, encoder, needs.alignment, samples[want.id], found.get(want.id))
         except Rejected as rejected:
             return rejected
 
@@ -116,7 +126,8 @@ def make_targets(
         for start in range(0, len(wants), size):
             part_wants = wants[start : start + size]
             rejects = []
-            loaded = prefetch(part_wants, load, depth=4 * THREADS, threads=THREADS)
+            found = read_traces(traces, {want.id for want in part_wants})
+            loaded = prefetch(part_wants, partial(load, found), depth=4 * THREADS, threads=THREADS)
             with (
                 closing(loaded),
                 building(ctx, ledger, "targets", [ArraySpec(TARGET_IDS, (), "uint32")], {}, {}) as part,

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.data.hashing import digest
@@ -23,6 +21,7 @@ from kdpipe.stages.config import EngineConfig
 from kdpipe.stages.models import reaper
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Encoder
+from kdpipe.stages.models.launch import MEMORY, Scoring, start, stop
 
 _QUEUED_PER_SEQUENCE = 2  # requests in the engine for each it can run at once, so that it never waits for us
 _LIVENESS_SECONDS = 1.0
@@ -94,12 +93,12 @@ def seed_of(seed: int, *names: str) -> int:
 class Engine:
     """A running engine; made by `open_engine`. Takes requests and is stepped by one thread."""
 
-    def __init__(self, llm: Any, encoder: Encoder, capacity: int):
+    def __init__(self, llm: Any, encoder: Encoder, capacity: int, memory: str):
         self._llm = llm
+        self._memory = memory
         self._max_length = int(llm.model_config.max_model_len)
         self._tokenization = llm.renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=False)
         self._submitted = 0
-        self._errors: dict[str, Rejected] = {}
         self.encoder = encoder
         self.capacity = capacity
 
@@ -111,10 +110,6 @@ class Engine:
                 `audio_too_short`, or `engine_refused` with vLLM's own words.
             KdpipeError: the engine died.
         """
-        from vllm.exceptions import VLLMClientError
-        from vllm.renderers.inputs.preprocess import parse_model_prompt
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         length = len(self.encoder.prompt_ids(request.prompt, [len(clip) for clip in request.clips]))
         if length >= self._max_length:
             raise Rejected(
@@ -125,13 +120,38 @@ class Engine:
         if request.clips:
             rate = self.encoder.rate
             prompt["multi_modal_data"] = {"audio": [(clip, rate) for clip in request.clips]}
+        return self.ask(prompt, _sampling_params(request.sampling))
+
+    def step(self) -> list[tuple[str, Completion | Rejected]]:
+        """Waits for the engine's next step; gives the requests that it finished.
+
+        Raises:
+            KdpipeError: the engine died.
+        """
+        return [(output.request_id, _completion(output)) for output in self.finished()]
+
+    def ask(self, prompt: Mapping[str, Any], params: Any) -> str:
+        """Queues a request in vLLM's own terms; returns the name under which `finished` will give it back.
+
+        Args:
+            prompt: what vLLM takes as a prompt, text or token ids.
+            params: `SamplingParams` whose output comes once, when the request is finished.
+
+        Raises:
+            Rejected: `engine_refused` with vLLM's own words.
+            KdpipeError: the engine died.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         name = str(self._submitted)
         self._submitted += 1
         rendered = None
         try:
             parsed = parse_model_prompt(self._llm.model_config, prompt)
             (rendered,) = self._llm.renderer.render_cmpl([parsed], self._tokenization)
-            self._llm.add_request(name, rendered, _sampling_params(request.sampling))
+            self._llm.add_request(name, rendered, params)
         except EngineDeadError as error:
             raise self._death() from error
         except (VLLMClientError, ValueError, RuntimeError) as error:
@@ -139,8 +159,8 @@ class Engine:
             raise Rejected("engine_refused", " ".join(str(error).split())) from error
         return name
 
-    def step(self) -> list[tuple[str, Completion | Rejected]]:
-        """Waits for the engine's next step; gives the requests that it finished.
+    def finished(self) -> list[Any]:
+        """Waits for the engine's next step; gives vLLM's `RequestOutput` of each request that it finished.
 
         Raises:
             KdpipeError: the engine died.
@@ -152,7 +172,14 @@ class Engine:
             outputs = self._llm.step()
         except EngineDeadError as error:
             raise self._death() from error
-        return [(output.request_id, _completion(output)) for output in outputs if output.finished]
+        return [output for output in outputs if output.finished]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Ends requests that nobody waits for any more; those that are done, or lost with the engine, are no error."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):
+            self._llm.abort_request(list(names))
 
     def _await_output(self) -> None:
         """Waits until there is an output, or the engine is found dead.
@@ -170,8 +197,7 @@ class Engine:
     def _death(self) -> KdpipeError:
         return KdpipeError(
             f"{self.encoder.folder.name}: the vLLM engine died; its own message stands above. What was committed is "
-            "kept, and the same command goes on from there. If memory ran out, lower engine.max_num_seqs, "
-            "engine.max_model_len or engine.gpu_memory_utilization."
+            f"kept, and the same command goes on from there. If memory ran out, lower {self._memory}."
         )
 
     def _forget_clips(self, rendered: Any) -> None:
@@ -187,7 +213,15 @@ class Engine:
 
 
 @contextlib.contextmanager
-def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: int) -> Iterator[Engine]:
+def open_engine(
+    folder: ModelFolder,
+    config: EngineConfig,
+    *,
+    clips: int,
+    seed: int,
+    scoring: Scoring | None = None,
+    memory: str = MEMORY,
+) -> Iterator[Engine]:
     """Starts vLLM, and stops it with all its processes however the block ends.
 
     vLLM's log shows warnings and errors (errors alone on the CPU build); the environment variable `KDPIPE_VLLM_LOG`
@@ -198,6 +232,8 @@ def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: 
         config: how vLLM is started.
         clips: most clips in one request; 0 for text only.
         seed: of the engine itself; requests bring their own.
+        scoring: for requests that ask for log-probabilities of the prompt; None: there are none.
+        memory: keys of the configuration to lower where memory runs out, for messages.
 
     Raises:
         ModelError: the tokenizer or the feature extractor cannot be used.
@@ -209,11 +245,11 @@ def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: 
     os.environ[reaper.MARK] = mark
     llm = None
     try:
-        llm = _start(folder, config, clips, seed)
-        yield Engine(llm, encoder, _QUEUED_PER_SEQUENCE * config.max_num_seqs)
+        llm = start(folder, config, clips, seed, scoring, memory)
+        yield Engine(llm, encoder, _QUEUED_PER_SEQUENCE * config.max_num_seqs, memory)
     finally:
         try:
-            _stop(llm)
+            stop(llm)
         finally:
             reaper.end(mark)
             os.environ.pop(reaper.MARK, None)
@@ -221,79 +257,6 @@ def open_engine(folder: ModelFolder, config: EngineConfig, *, clips: int, seed: 
             watcher.wait()
         llm = None
         gc.collect()
-
-
-def _start(folder: ModelFolder, config: EngineConfig, clips: int, seed: int) -> Any:
-    level = _set_environment()
-    from vllm import EngineArgs, LLMEngine
-    from vllm.config import StructuredOutputsConfig
-    from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-
-    settings: dict[str, Any] = {}
-    if current_platform.is_cpu():
-        settings["kv_cache_memory_bytes"] = config.cpu_kv_cache_gib << 30
-    else:
-        settings["gpu_memory_utilization"] = config.gpu_memory_utilization
-    if folder.hears:
-        settings["limit_mm_per_prompt"] = {"audio": max(clips, 1)}
-    if folder.family == "qwen2_5_omni":
-        settings["limit_mm_per_prompt"] |= {"image": 0, "video": 0}
-    try:
-        args = EngineArgs(
-            model=str(folder.path),
-            dtype=folder.settings.dtype,
-            trust_remote_code=folder.settings.trust_remote_code,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            tensor_parallel_size=config.tensor_parallel_size,
-            enforce_eager=config.enforce_eager,
-            seed=seed,
-            structured_outputs_config=StructuredOutputsConfig(backend="xgrammar"),
-            disable_log_stats=True,
-            use_tqdm_on_load=level in ("INFO", "DEBUG"),
-            **settings,
-        )
-        return LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
-    except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        raise KdpipeError(
-            f"{folder.name}: vLLM could not start the model in {folder.path}: {reason}\n"
-            "Messages of the engine stand above, more with KDPIPE_VLLM_LOG=info. If it is memory: lower "
-            "engine.max_num_seqs, engine.max_model_len or engine.gpu_memory_utilization (CPU: engine.cpu_kv_cache_gib)."
-        ) from error
-
-
-def _set_environment() -> str:
-    """Sets what vLLM and its processes read from the environment; returns the log level."""
-    # The CPU build warns a dozen times at every start of what a user cannot change.
-    quiet = "warning" if torch.cuda.is_available() else "error"
-    level = os.environ.get("KDPIPE_VLLM_LOG", quiet).upper()
-    os.environ["VLLM_LOGGING_LEVEL"] = level
-    # Process titles would otherwise be written over the environment that the reaper reads.
-    os.environ["SPT_NOENV"] = "1"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    # A forked process would not carry the reaper's mark, nor go well with our threads.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore:resource_tracker:UserWarning")
-    return level
-
-
-def _stop(llm: Any) -> None:
-    """Takes down the client side; the engine's processes hold nothing that is worth their slow farewell."""
-    if llm is None:
-        return
-    log = logging.getLogger("vllm")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with contextlib.suppress(Exception):
-            llm.engine_core.shutdown(timeout=0)
-    finally:
-        log.setLevel(level)
 
 
 def _sampling_params(sampling: Sampling) -> Any:
@@ -312,12 +275,17 @@ def _sampling_params(sampling: Sampling) -> Any:
     )
 
 
+def broken(output: Any) -> Rejected | None:
+    """Why vLLM ended a request before it was done, as `engine_refused`; None where it was done."""
+    reasons = {str(item.finish_reason) for item in output.outputs} - {"stop", "length"}
+    if reasons or not output.outputs:
+        return Rejected("engine_refused", f"vLLM ended the request with {', '.join(sorted(reasons)) or 'no output'}")
+    return None
+
+
 def _completion(output: Any) -> Completion | Rejected:
     outputs = tuple(
         Output(item.text, str(item.finish_reason), len(item.token_ids))
         for item in sorted(output.outputs, key=lambda item: item.index)
     )
-    broken = {item.finish_reason for item in outputs} - {"stop", "length"}
-    if broken or not outputs:
-        return Rejected("engine_refused", f"vLLM ended the request with {', '.join(sorted(broken)) or 'no output'}")
-    return Completion(len(output.prompt_token_ids or ()), outputs)
+    return broken(output) or Completion(len(output.prompt_token_ids or ()), outputs)

@@ -5,23 +5,26 @@ Dimension key: B sequences, L tokens, H width of the residual stream, V rows of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
 )
+from transformers.distributed import DistributedConfig
 
 from kdpipe.data.errors import KdpipeError, ModelError
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Batch
+from kdpipe.stages.models.placement import meet_at_head, refuse_offloaded, refuse_unshared, shares, spread
 
 _CLASSES: dict[str, Any] = {
     "qwen2_audio": Qwen2AudioForConditionalGeneration,
@@ -31,21 +34,30 @@ _CLASSES: dict[str, Any] = {
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def _alone(inputs: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A transformers model and the places in it that distillation needs.
+
+    Its layers may lie on several devices. Whatever is asked of it is given on the device of its output head: hidden
+    states, captured states, and what the final norm makes of them.
 
     Attributes:
         folder: where it came from.
         model: the transformers model.
         layers: decoder layers of its language model.
         final_norm: the norm between the last layer and the output head.
+        around: entered around each forward pass of `hidden` with its inputs; tensor parallelism tells the other ranks.
     """
 
     folder: ModelFolder
     model: PreTrainedModel
     layers: nn.ModuleList
     final_norm: nn.Module
+    around: Callable[[Mapping[str, torch.Tensor]], AbstractContextManager[None]] = _alone
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -64,19 +76,29 @@ class LoadedModel:
         """Where the output head lies."""
         return self.head_weight.device
 
+    @property
+    def entrance(self) -> torch.device:
+        """Where the input embedding lies, and so the inputs of a forward pass must."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]
+
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Runs the model up to the output head, which is not applied: no tensor over the vocabulary is made.
 
         Works under autograd, with tied embeddings too.
 
         Args:
-            batch: on the model's device.
+            batch: on any device.
 
         Returns:
-            [B, L, H], after the final norm; rows of padding are meaningless.
+            [B, L, H], after the final norm, on `device`; rows of padding are meaningless.
+
+        Raises:
+            ModelError: another rank of a tensor-parallel model is gone.
         """
-        with _without_head(self.model):
-            return self.model(**batch.forward, use_cache=False, return_dict=True).logits
+        place, entrance = self.device, self.entrance
+        inputs = {name: value.to(entrance) for name, value in batch.forward.items()}
+        with _without_head(self.model), self.around(inputs):
+            return self.model(**inputs, use_cache=False, return_dict=True).logits.to(place)
 
     @contextmanager
     def capture(self, layers: Sequence[int], rows: torch.Tensor | None = None) -> Iterator[dict[int, torch.Tensor]]:
@@ -86,10 +108,10 @@ class LoadedModel:
 
         Args:
             layers: counted from 1.
-            rows: [N] int64 into the states flattened to [B * L, H]; None keeps them whole.
+            rows: [N] int64 into the states flattened to [B * L, H], on any device; None keeps them whole.
 
         Yields:
-            Layer to states, [N, H] or [B, L, H], complete when the block ends.
+            Layer to states, [N, H] or [B, L, H], on `device`, complete when the block ends.
 
         Raises:
             KdpipeError: there is no such layer.
@@ -99,9 +121,12 @@ class LoadedModel:
             if not 1 <= layer <= count:
                 raise KdpipeError(f"{self.folder.name} has no layer {layer}: its layers are 1 to {count}.")
         states: dict[int, torch.Tensor] = {}
+        place = self.device
 
         def select(output: torch.Tensor) -> torch.Tensor:
-            return output if rows is None else output.reshape(-1, output.shape[-1])[rows]
+            if rows is not None:
+                output = output.reshape(-1, output.shape[-1])[rows.to(output.device)]
+            return output.to(place)
 
         def keep(layer: int, output: Any) -> None:
             state = output[0] if isinstance(output, tuple) else output
@@ -137,20 +162,42 @@ def pick_device(device: str) -> torch.device:
 
 
 def load_model(
-    folder: ModelFolder, *, device: torch.device | str = "auto", dtype: torch.dtype | None = None, train: bool = False
+    folder: ModelFolder,
+    *,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | None = None,
+    train: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    tensor_parallel: int = 1,
 ) -> LoadedModel:
     """Loads a model with the real transformers class of its family, from safetensors only.
+
+    The way over several GPUs has not run on a machine that has several: tests prove with stand-ins for two GPUs,
+    which carry no values, that every operation finds its operands on one device. Layers for which the GPUs have no
+    room are refused, not run from the CPU or the disk.
 
     Args:
         folder: the model.
         device: `auto`, `cpu`, `cuda`, or a torch device.
         dtype: precision of the weights; None: the one its configuration asks for.
         train: leave it in training mode with gradients; else it is frozen and in evaluation mode.
+        device_map: spread whole layers over the GPUs of this machine: `auto`, `balanced`, `sequential`, or a map of
+            module names to devices. Not for training.
+        tensor_parallel: ranks that share every layer, this process being one; see `kdpipe.stages.models.parallel`,
+            which starts the others.
 
     Raises:
-        ModelError: weights are missing or do not fit, or the output head is not a plain matrix.
+        ModelError: weights are missing or do not fit, the output head is not a plain matrix, GPUs are too small for
+            the layers, or the model cannot be shared out.
     """
     place = pick_device(device) if isinstance(device, str) else device
+    assert not (train and device_map) and not (tensor_parallel > 1 and (train or device_map))
+    where: dict[str, Any] = {}
+    if tensor_parallel > 1:
+        plan = shares(folder.name, _skeleton(folder), tensor_parallel)
+        where["distributed_config"] = DistributedConfig(tp_size=tensor_parallel, tp_plan=plan)
+    elif device_map is not None:
+        where = spread(device_map, place)
     try:
         model, info = _CLASSES[folder.family].from_pretrained(
             folder.path,
@@ -159,6 +206,7 @@ def load_model(
             local_files_only=True,
             trust_remote_code=folder.settings.trust_remote_code,
             output_loading_info=True,
+            **where,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder.name}: the weights in {folder.path} cannot be loaded ({error}).") from None
@@ -168,7 +216,10 @@ def load_model(
             f"{folder.name}: {folder.path} lacks {len(lost)} weights or has them in another shape, "
             f"first {lost[0]}. Restore the checkpoint."
         )
-    model = model.to(place)
+    if where:
+        refuse_offloaded(folder.name, model)
+    else:
+        model = model.to(place)
     model.train(train)
     if not train:
         model.requires_grad_(False)
@@ -180,8 +231,24 @@ def load_model(
     if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
         raise ModelError(f"{folder.name}: {type(decoder).__name__} has no `layers` and `norm`; not supported.")
     loaded = LoadedModel(folder, model, layers, norm)
+    if tensor_parallel > 1:
+        refuse_unshared(folder.name, layers)
+    meet_at_head(norm, model.get_output_embeddings())
     _check_head(loaded)
     return loaded
+
+
+def _skeleton(folder: ModelFolder) -> PreTrainedModel:
+    """The model without weights."""
+    trust = {"trust_remote_code": folder.settings.trust_remote_code}
+    kind = _CLASSES[folder.family]
+    if folder.family == "text":
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True, **trust)
+        with torch.device("meta"):
+            return kind.from_config(config, **trust)
+    config = kind.config_class.from_pretrained(folder.path, local_files_only=True)
+    with torch.device("meta"):
+        return kind(config)
 
 
 @contextmanager

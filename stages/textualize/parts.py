@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,14 +93,21 @@ class Parts:
             self.ledger.commit(rows, rejects=part.rejects, built=built)
 
 
-def read_records(ledger: Ledger) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """All rows of a ledger whose parts are Parquet tables, each with its record; ordered by part and place.
+def read_records(
+    ledger: Ledger, samples: Collection[str] | None = None
+) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Rows of a ledger whose parts are Parquet tables, each with its record; ordered by part and place.
+
+    Args:
+        ledger: of the stage.
+        samples: ids of those that are wanted; None: all. Parts without any are not read.
 
     Raises:
         StoreError: a part is missing, damaged, or does not hold what the ledger says; names it.
     """
     name, records = None, []
-    for row in sorted(ledger.rows(), key=lambda row: (row.part, row.row)):
+    wanted = [row for row in ledger.rows() if samples is None or row.id in samples]
+    for row in sorted(wanted, key=lambda row: (row.part, row.row)):
         path = ledger.parts / row.part
         if row.part != name:
             name, records = row.part, _read_part(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,17 +96,18 @@ def to_table(records: Sequence[Mapping[str, Any]], sections: Sequence[str]) -> p
     return pa.Table.from_pylist([dict(record) for record in records], schema=schema(sections))
 
 
-def read_traces(source: Context | Ledger) -> dict[str, TraceRow]:
-    """All traces that the ledger of textualize holds, by sample id.
+def read_traces(source: Context | Ledger, samples: Collection[str] | None = None) -> dict[str, TraceRow]:
+    """Traces that the ledger of textualize holds, by sample id.
 
     Args:
         source: the context of a run, or the ledger itself.
+        samples: ids of those that are wanted; None: all.
 
     Raises:
         StoreError: a part is missing or damaged; names it.
     """
     ledger = source.ledger("textualize") if isinstance(source, Context) else source
-    return {row.id: _trace_row(record) for row, record in read_records(ledger)}
+    return {row.id: _trace_row(record) for row, record in read_records(ledger, samples)}
 
 
 def _trace_row(record: Mapping[str, Any]) -> TraceRow:

@@ -5,14 +5,20 @@ Everything here runs in threads ahead of the step. No teacher's weights are need
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
 
 from kdpipe.data.audio import decode
 from kdpipe.data.errors import KdpipeError, Rejected, StoreError
 from kdpipe.data.manifest import Sample
-from kdpipe.data.store.format import TARGET_IDS, TOP, lens_prefix
-from kdpipe.data.store.reader import PartReader, Store, StoredDistribution
+from kdpipe.data.store.arena import Arena, Ring
+from kdpipe.data.store.distributions import StoredDistribution
+from kdpipe.data.store.format import STORED_AS, TARGET_IDS, TOP, hidden_prefix, lens_prefix
+from kdpipe.data.store.reader import PartReader, Store
 from kdpipe.data.stream import StreamState
 from kdpipe.stages.config import Config
 from kdpipe.stages.models.inputs import Encoder, Example
@@ -32,6 +38,7 @@ class GlobalBatch:
         response_tokens: of all micro-batches together; the normalizer of most terms.
         audio_tokens: likewise; the normalizer of the acoustic term.
         tokens: whole sequences, without padding.
+        release: gives the memory of the teachers' states back; call it when the step is done.
     """
 
     after: StreamState
@@ -39,17 +46,22 @@ class GlobalBatch:
     response_tokens: int
     audio_tokens: int
     tokens: int
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class _Read:
-    """One sample with all that is known about it; fields as in `MicroBatch`, for one sequence."""
+    """One sample with what is known about it; states are only found, and read when it is known where they go.
+
+    Attributes:
+        example, textual, acoustic_top: as in `MicroBatch`, for one sequence.
+        places: part and row of the textual and of the acoustic teacher's states, by source.
+    """
 
     example: Example
     textual: Mapping[int, StoredDistribution]
     acoustic_top: StoredDistribution | None
-    textual_states: Mapping[int, StoredStates]
-    acoustic_states: Mapping[int, StoredStates]
+    places: Mapping[str, tuple[PartReader, int]]
 
 
 class Reader:
@@ -63,6 +75,7 @@ class Reader:
         store: the teacher store.
         lengths: tokens of each sample's whole sequence when it was cached.
         teacher_layers: depth of the textual teacher, whose last layer's lens is stored as the top; 0 without one.
+        pinned: read states into pinned memory, for a GPU.
     """
 
     def __init__(
@@ -74,7 +87,10 @@ class Reader:
         store: Store,
         lengths: Mapping[str, int],
         teacher_layers: int,
+        *,
+        pinned: bool = False,
     ):
+        self._ring = Ring(pinned=pinned)
         self._config = config
         self._terms = terms
         self._encoder = encoder
@@ -99,39 +115,46 @@ class Reader:
         after, ids = item
         reads = [self._read(self._samples[sample]) for sample in ids]
         groups = split_by_padded_size([read.example.length for read in reads], self._config.train.micro_batch_tokens)
-        micros = tuple(self._collate([reads[place] for place in group]) for group in groups)
+        arena = self._ring.acquire()
+        micros = tuple(self._collate([reads[place] for place in group], arena) for group in groups)
         return GlobalBatch(
             after,
             micros,
             sum(len(micro.batch.targets) for micro in micros),
             sum(len(micro.batch.audio_rows) for micro in micros),
             sum(read.example.length for read in reads),
+            partial(self._ring.release, arena),
         )
 
     def _read(self, sample: Sample) -> _Read:
         example = self._example(sample)
         textual: dict[int, StoredDistribution] = {}
-        states: dict[int, StoredStates] = {}
+        places: dict[str, tuple[PartReader, int]] = {}
         if self._lens or self._states:
-            part, row = self._store.get(sample.id, "textual")
+            part, row = places["textual"] = self._store.get(sample.id, "textual")
             for layer in self._lens:
                 prefix = TOP if layer == self._teacher_layers else lens_prefix(layer)
                 textual[layer] = self._distribution(part, row, prefix)
-            states = {layer: StoredStates.from_store(part.states(row, layer)) for layer in self._states}
         acoustic_top = None
         if self._terms.acoustic_top > 0:
             part, row = self._store.get(sample.id, "acoustic_top")
             acoustic_top = self._distribution(part, row, TOP)
-        heard: dict[int, StoredStates] = {}
         if self._terms.acoustic_layers:
-            part, row = self._store.get(sample.id, "acoustic")
-            heard = {layer: StoredStates.from_store(part.states(row, layer)) for layer in self._terms.acoustic_layers}
-        return _Read(example, textual, acoustic_top, states, heard)
+            places["acoustic"] = self._store.get(sample.id, "acoustic")
+        return _Read(example, textual, acoustic_top, places)
 
     def _distribution(self, part: PartReader, row: int, prefix: str) -> StoredDistribution:
         compared = self._terms.compared
         assert compared is not None
-        return part.distribution(row, prefix, k=compared.k, temperatures=self._temperatures, draws=compared.draws > 0)
+        return part.distribution(
+            row,
+            prefix,
+            k=compared.k,
+            mass=compared.mass if compared.mass < 1 else None,
+            min_k=compared.min_k,
+            temperatures=self._temperatures,
+            draws=compared.draws > 0,
+        )
 
     def _example(self, sample: Sample) -> Example:
         student = self._config.student
@@ -164,7 +187,7 @@ class Reader:
             )
         return example
 
-    def _collate(self, reads: Sequence[_Read]) -> MicroBatch:
+    def _collate(self, reads: Sequence[_Read], arena: Arena) -> MicroBatch:
         batch = self._encoder.collate([read.example for read in reads])
         first = reads[0]
         acoustic_top = [read.acoustic_top for read in reads if read.acoustic_top is not None]
@@ -173,10 +196,47 @@ class Reader:
             batch,
             {layer: Distribution.from_store([read.textual[layer] for read in reads]) for layer in first.textual},
             Distribution.from_store(acoustic_top) if acoustic_top else None,
-            {layer: StoredStates.joined([r.textual_states[layer] for r in reads]) for layer in first.textual_states},
-            {layer: StoredStates.joined([r.acoustic_states[layer] for r in reads]) for layer in first.acoustic_states},
+            {layer: stored_states([r.places["textual"] for r in reads], layer, arena) for layer in self._states},
+            {
+                layer: stored_states([r.places["acoustic"] for r in reads], layer, arena)
+                for layer in self._terms.acoustic_layers
+            },
             given[0].block_bounds[:-1] if given else (0,),
         )
+
+
+def stored_states(places: Sequence[tuple[PartReader, int]], layer: int, arena: Arena) -> StoredStates:
+    """A teacher's states of several units, one after the other, read straight to where they stay.
+
+    Args:
+        places: part and row of each.
+        layer: of the teacher.
+        arena: gives the memory.
+
+    Raises:
+        StoreError: something cached is damaged or missing.
+    """
+    first = places[0][0]
+    prefix = hidden_prefix(layer) + "/"
+    starts = np.cumsum([0, *(part.tokens(row) for part, row in places)])
+    arrays: dict[str, np.ndarray] = {}
+    for name in first.state_arrays(layer):
+        short = name.removeprefix(prefix)
+        if short == "basis":
+            arrays[short] = first.constant(name)
+            if any(part.digest_of(name) != first.digest_of(name) for part, _ in places):
+                return _decoded(places, layer)
+            continue
+        about = first.attributes["arrays"][name]
+        arrays[short] = arena.take((int(starts[-1]), *about["width"]), STORED_AS[about["dtype"]])
+        for (part, row), start, stop in zip(places, starts, starts[1:], strict=False):
+            part.read_into(row, name, arrays[short][start:stop])
+    return StoredStates.from_store(arrays)
+
+
+def _decoded(places: Sequence[tuple[PartReader, int]], layer: int) -> StoredStates:
+    """The same from parts whose bases differ, as happens where parts of two caches were put together."""
+    return StoredStates(torch.cat([part.hidden(row, layer).float() for part, row in places]))
 
 
 def split_by_padded_size(lengths: Sequence[int], budget: int) -> list[list[int]]:

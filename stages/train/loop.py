@@ -113,6 +113,7 @@ def train(
             with meter.waiting():
                 batch = next(batches)
             step = train_step(objective, weights, optimizer, batch, number)
+            batch.release()
             meter.count(batch)
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.4f}, {meter.rate:.0f} tok/s", refresh=False)

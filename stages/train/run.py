@@ -19,7 +19,7 @@ from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.config import identity_of
 from kdpipe.stages.models.inputs import Encoder
-from kdpipe.stages.models.loaded import LoadedModel, load_model
+from kdpipe.stages.models.loaded import LoadedModel, load_model, pick_device
 from kdpipe.stages.train.card import Made, model_card
 from kdpipe.stages.train.data import Reader
 from kdpipe.stages.train.export import published_names, write_student
@@ -72,6 +72,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         Store(ledger.parts, ledger),
         {sample: row.length for sample, row in targets.items()},
         needs.textual.layers if needs.textual is not None else 0,
+        pinned=pick_device(config.device).type == "cuda",
     )
 
     def recheck() -> None:

@@ -35,9 +35,11 @@ class Compared:
         beta: mixture weight of `jsd`; 0 with the others.
         temperature: softmax temperature of both.
         t_squared: multiply by temperature^2; False at temperature 1.
-        k: entries of a teacher that count one by one.
+        k: most entries of a teacher that count one by one.
         alpha: skew of `skew_kl` and `skew_reverse_kl`; 0 with the others.
         draws: ids drawn from a teacher's tail that stand for it in `sampled_ce`; 0 with the others.
+        mass: mass that these entries reach, where k allows it; 1: all k count.
+        min_k: the fewest entries; k where the mass is 1.
     """
 
     kind: DivergenceKind
@@ -47,6 +49,8 @@ class Compared:
     k: int
     alpha: float = 0.0
     draws: int = 0
+    mass: float = 1.0
+    min_k: int = 1
 
     def describe(self) -> str:
         """A phrase for people."""
@@ -56,7 +60,8 @@ class Compared:
         elif name in _SKEWED:
             name = f"{name} (alpha {self.alpha:g})"
         tails = f"{self.draws} draws from each tail" if self.draws else "exact tails"
-        return f"{name} at temperature {self.temperature:g}, k = {self.k} and {tails}"
+        kept = f"k = {self.k}" if self.mass >= 1 else f"entries of mass {self.mass:g} ({self.min_k} to {self.k})"
+        return f"{name} at temperature {self.temperature:g}, {kept} and {tails}"
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,8 @@ def resolve_terms(config: Config, needs: Requirements) -> Terms:
             needs.k,
             train.alpha if train.divergence in _SKEWED else 0.0,
             needs.draws if sampled else 0,
+            needs.mass,
+            needs.min_k,
         )
     return Terms(
         sft=weights.sft,

@@ -1,4 +1,4 @@
-"""The benchmark of the losses runs, and measures what it says; no time is asserted."""
+"""The benchmarks of losses and store run, and measure what they say; no time is asserted."""
 
 from __future__ import annotations
 
@@ -99,3 +99,45 @@ def test_a_case_that_fails_says_why(tmp_path):
     assert "cannot be imported (broken" in rows["axolotl fused top-k KL"]
     assert "the process ended with code 9" in rows["TRL chunked divergence"]
     assert "100%" in rows["torch.mm"], "the others go on"
+
+
+STORE = SCRIPT.with_name("bench_store.py")
+THREADS = {"memmap": (0, 2), "kdpipe-crc": (0, 1, 2), "kdpipe-verified": (0, 2), "tensorstore": (0, 3)}
+STORE_READERS = {f"{name}-{count}" for name, counts in THREADS.items() for count in counts}
+STORE_READERS |= {"memmap-anew-0", "zarr", "safetensors-numpy", "safetensors-torch"}
+STORE_WRITERS = {f"write-{name}" for name in ("plain", "plain-shards", "store", "zarr", "tensorstore", "safetensors")}
+STORE_ROWS = {"fixed-decoded", "fixed-read", "mass-decoded", "mass-read", "zarr-read"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drops files from Linux's page cache")
+def test_everyone_reads_the_same_bytes_of_a_store(tmp_path):
+    numbers = tmp_path / "numbers.json"
+    command = [sys.executable, str(STORE), "--quick", "--folder", str(tmp_path), "--json", str(numbers)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    content = json.loads(numbers.read_text())
+    assert list(tmp_path.iterdir()) == [numbers], "what was written is removed"
+
+    absent = {row["case"] for row in content["rows"] if row["failure"]}
+    assert absent == {"webdataset", "webdataset-shuffle", "mosaicml", "write-tar", "write-mds"}
+    assert {row["failure"] for row in content["rows"] if row["failure"]} == {"needs --peers"}
+    ran = defaultdict(dict)
+    for row in content["rows"]:
+        if not row["failure"]:
+            ran[row["phase"], row["order"]][row["case"]] = row
+    orders = ("sequential", "shuffled")
+    assert ran.keys() == {("write", None), *((phase, order) for phase in ("cold", "read") for order in orders)}
+    for (phase, order), rows in ran.items():
+        assert all(row["same"] is (None if phase == "write" else True) for row in rows.values())
+        assert all(0 < row["median"] <= row["best"] and len(row["seconds"]) == 2 for row in rows.values())
+        assert all(rows[row["base"]]["ratio"] == 1.0 and row["ratio"] > 0 for row in rows.values() if phase != "cold")
+        if phase == "read":
+            assert rows.keys() == STORE_READERS
+        elif phase == "write":
+            assert rows.keys() == STORE_WRITERS
+        else:
+            files = {"files-0", "files-2"} if order == "sequential" else set()
+            assert rows.keys() == files | {"preadv-0", "preadv-2", "memmap-0", "kdpipe-crc-0", "kdpipe-crc-2"}
+            assert all(row["resident"] < 0.5 for row in rows.values())
+    assert {row["case"] for row in content["small"]} == STORE_ROWS
+    assert all(row["same"] and min(row["micros"]) > 0 for row in content["small"])
+    assert shown.count("met") + shown.count("short") == 13, "a verdict for each goal"

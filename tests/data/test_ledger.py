@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.data import files
+from kdpipe.data import ledger as module
 from kdpipe.data.errors import StoreError
-from kdpipe.data.ledger import Ledger, Reject, Row
+from kdpipe.data.ledger import Ledger, Reject, Row, is_as_written, old_manifests, read_rejects, read_rows, rows_digest
 
 REJECT = Reject("bad", "trace", "kb", "audio_silent", "bad.wav is silent")
 
@@ -136,14 +138,50 @@ def test_committing_nothing_new_writes_nothing(place):
     assert {path: path.stat().st_mtime_ns for path in place[0].rglob("*")} == before
 
 
-def test_only_the_last_manifests_are_kept(place):
+def test_only_the_current_manifest_is_kept(place):
     ledger = Ledger(*place)
     for number in range(5):
         commit(ledger, f"p{number}.zarr", range(number, number + 1))
-    kept = {path.stem for path in (place[0] / "manifests").iterdir()}
-    assert len(kept) == 2 and ledger.digest in kept
+        assert [path.stem for path in (place[0] / "manifests").iterdir()] == [ledger.digest]
     ledger.commit(drop=[("s4", "trace")])
-    assert Ledger(*place).digest == ledger.digest, "a manifest that comes back is kept though its file is old"
+    assert Ledger(*place).digest == ledger.digest
+
+
+def test_a_manifest_that_a_kill_left_behind_goes_with_the_next_commit(place):
+    ledger = Ledger(*place)
+    commit(ledger, "p0.zarr", range(1))
+    left = place[0] / "manifests" / f"{'0' * 32}.parquet"
+    left.write_bytes(b"whatever")
+    assert old_manifests(place[0], ledger.digest) == [left]
+    commit(ledger, "p1.zarr", range(1, 2))
+    assert not left.exists() and len(list(left.parent.iterdir())) == 1
+
+
+def test_tables_are_compared_byte_by_byte_with_what_their_rows_are_written_as(place):
+    ledger = Ledger(*place)
+    commit(ledger, "p1.zarr", range(2), rejects=[REJECT])
+    manifest, rejects = place[0] / "manifests" / f"{ledger.digest}.parquet", place[0] / "rejects.parquet"
+    assert is_as_written(manifest) and is_as_written(rejects)
+    assert rows_digest(read_rows(manifest)) == ledger.digest
+    whole = rejects.read_bytes()
+    for position in range(len(whole)):
+        rejects.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        try:
+            sound = is_as_written(rejects) and read_rejects(rejects) == [REJECT]
+        except ValueError:
+            sound = False
+        assert not sound, f"byte {position}"
+
+
+def test_a_table_of_another_pyarrow_counts_as_written_unless_it_contradicts_itself(place, monkeypatch):
+    ledger = Ledger(*place)
+    ledger.commit(rejects=[REJECT])
+    path = place[0] / "rejects.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_this_writer", lambda: "parquet-cpp-arrow version 1.0.0")
+        assert is_as_written(path)
+        patch.setattr(pq, "read_metadata", lambda path: SimpleNamespace(created_by="parquet-cpp-arrow version 2.0.0"))
+        assert not is_as_written(path)
 
 
 def test_a_stage_folder_may_move(place, tmp_path: Path):

@@ -23,7 +23,7 @@ def place(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def commit(place: tuple[Path, Path], *numbers: int) -> None:
-    """One commit a number, by another object on the same folder; three prune every older manifest."""
+    """One commit a number, by another object on the same folder; each prunes the older manifests."""
     ledger = Ledger(*place)
     for number in numbers:
         ledger.commit([Row(f"s{number}", "trace", "k", {}, "p.parquet", number)])
@@ -49,7 +49,7 @@ def meddle(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, place: tuple[
     return calls
 
 
-@pytest.mark.parametrize(("owner", "name"), [(module, "digest_file"), (Ledger, "_read_table")])
+@pytest.mark.parametrize(("owner", "name"), [(module, "digest_file"), (module, "read_rows")])
 def test_a_manifest_pruned_after_head_was_read_is_followed_to_the_new_one(place, monkeypatch, owner: Any, name: str):
     """Whether the reader has checked the manifest's digest by then or not."""
     (old,) = (place[0] / "manifests").iterdir()

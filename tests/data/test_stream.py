@@ -276,3 +276,28 @@ def test_the_stream_through_threads_is_the_stream():
     expected = list(make(world))
     for workers in (0, 1, 4):
         assert list(prefetch(make(world), lambda item: item, depth=3, threads=workers)) == expected
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_exact_order_is_one_for_all_ranks_threads_and_resumptions(ranks: int, threads: int):
+    """What the ranks load, put together step by step, is the list of ids that one rank without threads gives."""
+    world = entries({part: [7 + (3 * i + ord(part)) % 23 for i in range(9)] for part in "abcde"})
+    states, whole = zip(*make(world, seed=3), strict=True)
+    assert len(whole) > 20 and sum(map(len, whole)) == 2 * len(world)
+
+    def loaded(rank: int, start: int) -> list[list[str]]:
+        stream = make(world, seed=3, rank=rank, world=ranks)
+        if start:
+            stream.resume(StreamState(**states[start - 1].as_dict()))
+        return list(prefetch(stream, lambda item: list(item[1]), depth=4, threads=threads))
+
+    for start in range(len(whole)):
+        shares = [loaded(rank, start) for rank in range(ranks)]
+        together = []
+        for parts in zip(*shares, strict=True):
+            merged = [""] * sum(map(len, parts))
+            for rank, mine in enumerate(parts):
+                merged[rank::ranks] = mine
+            together.append(merged)
+        assert together == list(whole[start:])

@@ -119,6 +119,8 @@ def test_missing_sections_are_named(tmp_path):
         ("train: {weights: {top: 0, layer: 0, acoustic: 0, sft: 0}}", "all are zero"),
         ("train: {head_form: triton, device: cpu}", "triton needs a CUDA device and train.device is cpu"),
         ("train: {divergence: sampled_ce}", "teachers.draws is 0; set teachers.draws"),
+        ("  device_map: auto\n  tensor_parallel_size: 2", "shares each of them; say one of the two"),
+        ("  device_map: auto\n  device: cpu", "teachers.device is cpu; leave one of them out"),
         ("layers: {mode: map}", "give at least one"),
         ("layers: {map: {1: 2}}", "set layers.mode: map"),
         ("layers: {mode: map, map: {one: 2}}", "expected a whole number as key"),
@@ -131,6 +133,23 @@ def test_missing_sections_are_named(tmp_path):
 )
 def test_relations_between_fields(tmp_path, lines, words):
     assert words in "\n".join(problems(tmp_path, MINIMAL + lines + "\n"))
+
+
+def test_all_that_vllm_cannot_give_of_the_textual_teacher_is_said_at_once(tmp_path):
+    served = MINIMAL + "    engine: vllm\n"
+    asked = "  temperatures: [1, 2]\n  tail_blocks: 8\n  draws: 5\n"
+    found = problems(tmp_path, served + asked)
+    assert [text.split(":")[1].strip() for text in found] == [
+        "teachers.temperatures", "teachers.tail_blocks", "teachers.draws", "train.weights.layer",
+    ]  # fmt: skip
+    assert all("teachers.textual.engine is vllm" in text and "engine: transformers" in text for text in found)
+    assert "set train.weights.layer: 0" in found[-1]
+    config = load_config(
+        write(tmp_path, served + "  temperatures: [1]\n  serve: {max_num_seqs: 8}\ntrain: {weights: {layer: 0}}\n")
+    )
+    assert config.teachers.serve.max_num_seqs == 8
+    assert identity_of(config.teachers)["serve"] == {}
+    assert load_config(write(tmp_path, MINIMAL + asked)).teachers.textual.engine == "transformers"
 
 
 def test_overrides(tmp_path):

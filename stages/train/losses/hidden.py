@@ -5,7 +5,7 @@ Shape suffixes: N rows (positions), n rows of a chunk, S student width, W teache
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -72,11 +72,11 @@ class StoredStates:
 
     @staticmethod
     def from_store(arrays: Mapping[str, np.ndarray]) -> StoredStates:
-        """What a part's `PartReader.states` gives, not decoded; bfloat16 comes as its uint16 bits."""
+        """What a part's `PartReader.states` gives, not decoded: bfloat16 as uint16, float8 as uint8."""
         codes = torch.from_numpy(arrays["states"])
-        if codes.dtype == torch.uint16:
-            codes = codes.view(torch.bfloat16)
-        return StoredStates(codes, torch.from_numpy(arrays["scale"]) if "scale" in arrays else None)
+        as_stored = {torch.uint16: torch.bfloat16, torch.uint8: torch.float8_e4m3fn}
+        scale, basis = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("scale", "basis"))
+        return StoredStates(codes.view(as_stored.get(codes.dtype, codes.dtype)), scale, basis)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -96,18 +96,10 @@ class StoredStates:
         return states_nW if self.mean is None else states_nW + self.mean.float()
 
     def to(self, device: torch.device) -> StoredStates:
-        """The same on another device."""
-        moved = {
-            field.name: part.to(device) for field in fields(self) if (part := getattr(self, field.name)) is not None
-        }
+        """The same on another device; from pinned memory while the caller goes on."""
+        present = {field.name: part for field in fields(self) if (part := getattr(self, field.name)) is not None}
+        moved = {name: part.to(device, non_blocking=True) for name, part in present.items()}
         return replace(self, **moved)
-
-    @staticmethod
-    def joined(several: Sequence[StoredStates]) -> StoredStates:
-        """Positions of several, one after the other; basis and mean are the first one's."""
-        first = several[0]
-        scale = None if first.scale is None else torch.cat([s.scale for s in several if s.scale is not None])
-        return StoredStates(torch.cat([s.codes for s in several]), scale, first.basis, first.mean)
 
 
 def hidden_loss(

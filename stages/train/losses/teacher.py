@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.store.reader import StoredDistribution
+from kdpipe.data.store.distributions import StoredDistribution
 from kdpipe.stages.train.losses.divergence import (
     Divergence,
     declared_column,
@@ -53,13 +53,26 @@ class Distribution:
 
     @staticmethod
     def from_store(several: Sequence[StoredDistribution]) -> Distribution:
-        """What a part's reader gives for one or more samples, one after the other."""
+        """What a part's reader gives for one or more samples, one after the other.
+
+        Samples that keep fewer entries than another are filled up with absent ones.
+        """
         first = several[0]
+        most = max(one.ids.shape[1] for one in several)
 
-        def joined(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate([getattr(one, name) for one in several]))
+        def joined(name: str, absent: float | None = None) -> torch.Tensor:
+            arrays = [getattr(one, name) for one in several]
+            if absent is not None:
+                arrays = [
+                    array
+                    if array.shape[1] == most
+                    else np.pad(array, ((0, 0), (0, most - array.shape[1])), constant_values=absent)
+                    for array in arrays
+                ]
+            return torch.from_numpy(np.concatenate(arrays))
 
-        tensors = {name: joined(name) for name in ("ids", "logprob", "log_z", "log_tail")}
+        tensors = {"ids": joined("ids", -1), "logprob": joined("logprob", -np.inf)}
+        tensors |= {name: joined(name) for name in ("log_z", "log_tail")}
         draws = None if first.draws is None else joined("draws")
         return Distribution(
             **tensors, temperatures=first.temperatures, draws=draws, block_bounds=tuple(first.block_bounds)

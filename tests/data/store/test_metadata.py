@@ -80,10 +80,10 @@ def test_of_two_parts_with_one_sample_the_newest_comes_last(tmp_path: Path):
 def test_another_format_version_is_refused_before_anything_else(world: World):
     file = world.path / "zarr.json"
     root = json.loads(file.read_text())
-    root["attributes"]["kdpipe"] = {"format": 2}
+    root["attributes"]["kdpipe"] = {"format": 1}
     file.write_text(json.dumps(root))
     with pytest.raises(
-        StoreError, match=r"written in format 2, and this kdpipe reads format 1\. Remove the part folder"
+        StoreError, match=r"written in format 1, and this kdpipe reads format 2\. Remove the part folder"
     ):
         load_attributes(world.path)
 

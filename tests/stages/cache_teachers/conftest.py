@@ -20,7 +20,8 @@ from kdpipe.data.audio import decode
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger, Row
-from kdpipe.data.store.reader import Store, StoredDistribution
+from kdpipe.data.store.distributions import StoredDistribution
+from kdpipe.data.store.reader import Store
 from kdpipe.stages.base import Context, StagePlan, compare
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.cache_teachers.stage import STAGE

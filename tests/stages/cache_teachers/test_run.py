@@ -12,10 +12,12 @@ import torch
 
 from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.stages.cache_teachers import run as module
+from kdpipe.stages.cache_teachers import teach
 from kdpipe.stages.cache_teachers.capture import Job, batches
 from kdpipe.stages.cache_teachers.stage import STAGE
 from kdpipe.stages.cache_teachers.targets import make_target
 from kdpipe.stages.config import AcousticTeacherConfig, LayersConfig, WeightsConfig
+from kdpipe.stages.models import parallel
 from kdpipe.stages.models.inputs import Encoder, Example
 from kdpipe.stages.models.vocabulary import Alignment
 from kdpipe.stages.textualize.table import read_traces
@@ -27,7 +29,7 @@ TARGETS_ONLY = WeightsConfig(top=0, layer=0, acoustic=0)
 def test_the_store_holds_what_naive_forward_passes_give(begin, full, tmp_path, monkeypatch, student):
     full_logprobs, masked_log_softmax = full
     run = begin(tmp_path, student, head_chunk=7, batch_tokens=400, part_samples=3)
-    real, alive = module.load_model, []
+    real, alive = parallel.load_model, []
 
     def load_and_watch(*args, **kwargs):
         assert not [ref for ref in alive if ref() is not None], "the teacher before is still in memory"
@@ -35,7 +37,7 @@ def test_the_store_holds_what_naive_forward_passes_give(begin, full, tmp_path, m
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(module, "load_model", load_and_watch)
+    monkeypatch.setattr(parallel, "load_model", load_and_watch)
     run.bring_up()
     assert len(alive) == 2
     assert run.said == ["cache-teachers: 4 samples are cached, 0 rejected"]
@@ -115,7 +117,7 @@ def test_a_new_sample_with_a_known_clip_costs_no_acoustic_pass(made, rows, tmp_p
     run = run.again(train=dataclasses.replace(run.ctx.config.train, weights=weights))
     # Without a textual teacher, the other targets have another key: they are aligned to nothing.
     assert ("s5", "acoustic") in run.stale() and ("s1", "acoustic") not in run.stale()
-    monkeypatch.setattr(module, "load_model", lambda *a, **k: pytest.fail("no model is needed"))
+    monkeypatch.setattr(parallel, "load_model", lambda *a, **k: pytest.fail("no model is needed"))
     run.bring_up()
     known, new = run.ledger.get("s2", "acoustic"), run.ledger.get("s5", "acoustic")
     assert (new.part, new.row) == (known.part, known.row)
@@ -233,7 +235,7 @@ def test_the_same_work_gives_the_same_bytes_even_after_an_interruption(begin, tm
     first = begin(tmp_path / "one", k=4, part_samples=2, logprob_dtype="float16", states="bfloat16")
     second = first.copy(tmp_path / "two")
     first.bring_up()
-    plan, real, calls = second.plan(), module.Scribe.__call__, []
+    plan, real, calls = second.plan(), teach.Scribe.__call__, []
 
     def fail_late(self, batch):
         calls.append(batch)
@@ -241,7 +243,7 @@ def test_the_same_work_gives_the_same_bytes_even_after_an_interruption(begin, tm
             raise KeyboardInterrupt
         return real(self, batch)
 
-    monkeypatch.setattr(module.Scribe, "__call__", fail_late)
+    monkeypatch.setattr(teach.Scribe, "__call__", fail_late)
     with pytest.raises(KeyboardInterrupt):
         STAGE.run(second.ctx, plan.todo)
     assert 0 < len(second.plan().fresh) < len(plan.wanted)
@@ -252,14 +254,14 @@ def test_the_same_work_gives_the_same_bytes_even_after_an_interruption(begin, tm
 
 def test_a_teacher_that_overflows_is_an_error_that_names_the_samples(begin, tmp_path, monkeypatch):
     run = begin(tmp_path, weights=WeightsConfig(layer=0, acoustic=0), k=4)
-    real = module.load_model
+    real = parallel.load_model
 
     def broken(*args, **kwargs):
         loaded = real(*args, **kwargs)
         loaded.head_weight.fill_(torch.inf)
         return loaded
 
-    monkeypatch.setattr(module, "load_model", broken)
+    monkeypatch.setattr(parallel, "load_model", broken)
     with pytest.raises(KdpipeError, match=r"samples .*s2.*NaN or infinity"):
         run.bring_up()
 

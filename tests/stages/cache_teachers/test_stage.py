@@ -68,7 +68,7 @@ def test_less_is_served_and_more_is_made_without_losing_anything(made, tmp_path)
     assert stale_sources(more) == {"textual", "acoustic_top"}
     more.bring_up()
     assert run.again().stale() == []
-    expected = {"k": 8, "temperatures": [1.0, 2.0, 3.0], "lens": [1, 2, 3, 5]}
+    expected = {"k": 8, "mass": 1.0, "min_k": 8, "temperatures": [1.0, 2.0, 3.0], "lens": [1, 2, 3, 5]}
     assert run.ledger.get("s1", "textual").cover == expected
 
 

@@ -1,0 +1,244 @@
+"""A teacher at work: windows of samples, cut into parts, cut into batches; written while the next batch is computed.
+
+Samples are taken in windows of `WINDOW_PARTS` parts, by their place in the manifest: no more than a window's prompts
+are in memory, and each window is sorted by length, so that batches have next to no padding. Windows, parts and batches
+depend on the manifest and on what is stored, not on where an earlier run stopped: the same work gives the same bytes,
+and so does the rest after an interruption.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.store.distributions import narrowed
+from kdpipe.data.store.format import TOP, is_low_rank, under
+from kdpipe.data.stream import prefetch
+from kdpipe.stages.base import Context, Wanted
+from kdpipe.stages.cache_teachers.basis import SAMPLES, fit_bases, known_bases
+from kdpipe.stages.cache_teachers.capture import Job, Scribe, Shape, batches
+from kdpipe.stages.cache_teachers.record import Recorder
+from kdpipe.stages.cache_teachers.requirements import Requirements
+from kdpipe.stages.cache_teachers.served import ServedTeacher, serve
+from kdpipe.stages.cache_teachers.targets import THREADS
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.inputs import Batch, Encoder, Example
+from kdpipe.stages.models.loaded import LoadedModel
+from kdpipe.stages.models.parallel import open_teacher
+from kdpipe.stages.progress import progress
+
+WINDOW_PARTS = 16
+"""Parts whose samples are sorted by length together."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a teacher is to make.
+
+    Attributes:
+        source: `textual`, `acoustic` or `acoustic_top`.
+        wants: the samples.
+        over: which positions it is about.
+        build: makes the jobs of some wants; records rejections and what is there already.
+        features: adds the clips' features to a job's example, in threads ahead; None for text.
+    """
+
+    source: str
+    wants: Sequence[Wanted]
+    over: Literal["response", "audio"]
+    build: Callable[[Sequence[Wanted]], list[Job]]
+    features: Callable[[Job], Example] | None = None
+
+
+class Teacher:
+    """A teacher that is loaded when there is something to do; a context manager, after which its memory is free.
+
+    Args:
+        ctx: the run.
+        ledger: takes the parts.
+        needs: what is asked of the teachers.
+        folder: the teacher.
+        encoder: its own.
+        places: place of each sample in the manifest.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        ledger: Ledger,
+        needs: Requirements,
+        folder: ModelFolder,
+        encoder: Encoder,
+        places: Mapping[str, int],
+    ):
+        self._ctx = ctx
+        self._ledger = ledger
+        self._needs = needs
+        self._folder = folder
+        self._encoder = encoder
+        self._places = places
+        self._config = ctx.config.teachers
+        self._bases: dict[int, np.ndarray] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Teacher:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        was_loaded = self.__dict__.pop("loaded", None) is not None
+        self._stack.close()
+        if was_loaded:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model, loaded when it is first asked for."""
+        return self._stack.enter_context(open_teacher(self._folder, self._config))
+
+    def write(self, task: Task) -> None:
+        """Makes and commits the parts of a task.
+
+        Raises:
+            KdpipeError: the teacher gives NaN or infinity, or an input changed meanwhile.
+        """
+        if not task.wants:
+            return
+        with (
+            progress(len(task.wants), f"{task.source} teacher", "sample") as bar,
+            Recorder(self._ctx, self._ledger, task.source) as recorder,
+        ):
+            for window in windows(task.wants, self._places, self._config.part_samples):
+                before = time.perf_counter()
+                jobs = task.build(window)
+                for part in parts(jobs, self._config.part_samples):
+                    self._write_part(task, part, recorder, bar)
+                recorder.wait()
+                bar.update(len(window) - sum(len(job.wants) for job in jobs))
+                self._note(task.source, jobs, time.perf_counter() - before)
+
+    def _write_part(self, task: Task, jobs: Sequence[Job], recorder: Recorder, bar: tqdm) -> None:
+        shape = self._shape(task, jobs[0], recorder)
+        scribe = Scribe(self.loaded, shape, task.over)
+        recorder.begin(shape)
+        with closing(self._batches(task, jobs)) as ready:
+            for batch_jobs, batch in ready:
+                recorder.add(batch_jobs, scribe(batch))
+                bar.update(sum(len(job.wants) for job in batch_jobs))
+        heard = [sample for job in jobs for sample in job.samples] if task.features else []
+        recorder.commit(heard, lambda: scribe.measured)
+
+    def _batches(self, task: Task, jobs: Sequence[Job]) -> Generator[tuple[Sequence[Job], Batch], None, None]:
+        ready = prefetch(
+            jobs, task.features or _as_is, depth=4 * THREADS, threads=THREADS if task.features is not None else 0
+        )
+        with closing(ready):
+            for batch_jobs in batches(jobs, self._config.batch_tokens):
+                yield batch_jobs, self._encoder.collate([next(ready) for _ in batch_jobs])
+
+    def _shape(self, task: Task, job: Job, recorder: Recorder) -> Shape:
+        hidden = job.cover.get("hidden", [])
+        unknown = [layer for layer in hidden if layer not in self._bases]
+        if unknown and is_low_rank(self._config.states):
+            recorder.wait()
+            self._learn_bases(task, job, unknown)
+        bases = {layer: self._bases[layer] for layer in hidden if layer in self._bases}
+        alignment = self._needs.alignment if job.cover.get("k") else None
+        return Shape(self._config, job.cover, self.loaded.width, len(self.loaded.layers), alignment, bases)
+
+    def _learn_bases(self, task: Task, job: Job, layers: Sequence[int]) -> None:
+        """Finds or fits the bases of layers; commits what `task.build` does."""
+        self._bases |= known_bases(self._ledger, job.wants[0], layers)
+        missing = [layer for layer in layers if layer not in self._bases]
+        if missing:
+            chosen = task.wants[:: max(1, len(task.wants) // SAMPLES)][:SAMPLES]
+            jobs = sorted(task.build(chosen), key=_place)
+            seen = (batch for _, batch in self._batches(task, jobs))
+            self._bases |= fit_bases(self.loaded, seen, missing, task.over, self._config.rank, self._ctx.say)
+
+    def _note(self, source: str, jobs: Sequence[Job], seconds: float) -> None:
+        """Remembers how fast this was, for estimates."""
+
+
+def write_served(
+    ctx: Context,
+    ledger: Ledger,
+    needs: Requirements,
+    folder: ModelFolder,
+    places: Mapping[str, int],
+    task: Task,
+) -> None:
+    """Makes and commits the parts of a task with vLLM as the teacher; see `served`.
+
+    Raises:
+        KdpipeError: vLLM does not start, died, or refused a sample.
+    """
+    config = ctx.config.teachers
+    held = [row for want in task.wants if (row := ledger.get(want.id, want.source)) is not None and row.key == want.key]
+    k = max([needs.k, *(row.cover["k"] for row in held)])
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress(len(task.wants), f"{task.source} teacher (vLLM)", "sample"))
+        recorder = stack.enter_context(Recorder(ctx, ledger, task.source))
+        served: ServedTeacher | None = None
+        for window in windows(task.wants, places, config.part_samples):
+            jobs = task.build(window)
+            bar.update(len(window) - len(jobs))
+            for part in parts(jobs, config.part_samples):
+                if served is None:
+                    served = stack.enter_context(serve(folder, config, needs.alignment, k))
+                shape = Shape(config, part[0].cover, folder.width, folder.layers, needs.alignment, {})
+                recorder.begin(shape)
+                for job, (_, made) in zip(part, served(job.example for job in part), strict=True):
+                    recorder.add([job], partial(_encoded, shape, made))
+                    bar.update()
+                recorder.commit([], dict)
+            recorder.wait()
+
+
+def _encoded(shape: Shape, made: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The arrays of one unit from entries of one number a token."""
+    layout = shape.layout
+    assert layout is not None
+    whole = replace(layout, mass=None)
+    cut = narrowed(made, whole, k=layout.kept, mass=layout.mass, min_k=layout.min_k, temperatures=(1.0,))
+    return [under(TOP, layout.encode({name: getattr(cut, name) for name in made}))]
+
+
+def windows(wants: Sequence[Wanted], places: Mapping[str, int], part_samples: int) -> Iterator[list[Wanted]]:
+    """Wants window by window, in the manifest's order; a window without any is left out."""
+    size = WINDOW_PARTS * part_samples
+    ordered = sorted(wants, key=lambda want: places[want.id])
+    start = 0
+    for stop in range(1, len(ordered) + 1):
+        if stop == len(ordered) or places[ordered[stop].id] // size != places[ordered[start].id] // size:
+            yield ordered[start:stop]
+            start = stop
+
+
+def parts(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    """Jobs of each part: sorted by what they store, then by length, then by id."""
+    ordered = sorted(jobs, key=_place)
+    start = 0
+    for stop in range(1, len(ordered) + 1):
+        if stop == len(ordered) or stop - start == size or ordered[stop].cover != ordered[start].cover:
+            yield ordered[start:stop]
+            start = stop
+
+
+def _place(job: Job) -> tuple[str, int, str]:
+    return repr(sorted(job.cover.items())), job.example.length, job.example.id
+
+
+def _as_is(job: Job) -> Example:
+    return job.example

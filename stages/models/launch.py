@@ -1,0 +1,124 @@
+"""How vLLM is started, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdpipe.data.errors import KdpipeError
+from kdpipe.stages.config import EngineConfig
+from kdpipe.stages.models.folder import ModelFolder
+
+MEMORY = "engine.max_num_seqs, engine.max_model_len or engine.gpu_memory_utilization (CPU: engine.cpu_kv_cache_gib)"
+"""Keys to lower where memory runs out, of an engine that generates."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What an engine needs that also gives the log-probabilities of prompts.
+
+    Attributes:
+        entries: most entries that may be asked of a position.
+        batch_tokens: positions taken through the model, and so through its output head, in one step. vLLM does not
+            count the logits of a prompt when it measures how much memory is left for its cache.
+    """
+
+    entries: int
+    batch_tokens: int
+
+
+def start(
+    folder: ModelFolder, config: EngineConfig, clips: int, seed: int, scoring: Scoring | None, memory: str
+) -> Any:
+    """Starts vLLM's engine in processes of its own; `kdpipe.stages.models.engine.open_engine` says how.
+
+    Raises:
+        KdpipeError: vLLM does not start.
+    """
+    level = _set_environment()
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import StructuredOutputsConfig
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    settings: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        settings["kv_cache_memory_bytes"] = config.cpu_kv_cache_gib << 30
+    else:
+        settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+    if folder.hears:
+        settings["limit_mm_per_prompt"] = {"audio": max(clips, 1)}
+    if folder.family == "qwen2_5_omni":
+        settings["limit_mm_per_prompt"] |= {"image": 0, "video": 0}
+    if scoring is not None:
+        settings |= _scoring_settings(config, scoring)
+    try:
+        args = EngineArgs(
+            model=str(folder.path),
+            dtype=folder.settings.dtype,
+            trust_remote_code=folder.settings.trust_remote_code,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            tensor_parallel_size=config.tensor_parallel_size,
+            enforce_eager=config.enforce_eager,
+            seed=seed,
+            structured_outputs_config=StructuredOutputsConfig(backend="xgrammar"),
+            disable_log_stats=True,
+            use_tqdm_on_load=level in ("INFO", "DEBUG"),
+            **settings,
+        )
+        return LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise KdpipeError(
+            f"{folder.name}: vLLM could not start the model in {folder.path}: {reason}\n"
+            f"Messages of the engine stand above, more with KDPIPE_VLLM_LOG=info. If it is memory: lower {memory}."
+        ) from error
+
+
+def _scoring_settings(config: EngineConfig, scoring: Scoring) -> dict[str, Any]:
+    return {
+        "max_logprobs": scoring.entries,
+        # A position that is found in the prefix cache is not computed, and has no log-probabilities.
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": max(scoring.batch_tokens, config.max_num_seqs),
+        # Logits of a bfloat16 product would be rounded by 0.06 at a logit of 20.
+        "hf_overrides": {"head_dtype": "float32"},
+    }
+
+
+def _set_environment() -> str:
+    """Sets what vLLM and its processes read from the environment; returns the log level."""
+    # The CPU build warns a dozen times at every start of what a user cannot change.
+    quiet = "warning" if torch.cuda.is_available() else "error"
+    level = os.environ.get("KDPIPE_VLLM_LOG", quiet).upper()
+    os.environ["VLLM_LOGGING_LEVEL"] = level
+    # Process titles would otherwise be written over the environment that the reaper reads.
+    os.environ["SPT_NOENV"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    # A forked process would not carry the reaper's mark, nor go well with our threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore:resource_tracker:UserWarning")
+    return level
+
+
+def stop(llm: Any) -> None:
+    """Takes down the client side; the engine's processes hold nothing that is worth their slow farewell."""
+    if llm is None:
+        return
+    log = logging.getLogger("vllm")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.suppress(Exception):
+            llm.engine_core.shutdown(timeout=0)
+    finally:
+        log.setLevel(level)
