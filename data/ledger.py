@@ -3,7 +3,7 @@
 A stage's folder holds `HEAD` (the digest of the current manifest and the digest of its file), immutable `parts/`,
 `manifests/<digest>.parquet` (one row for each sample and source), and `rejects.parquet`. Committing a part means: the
 part is built in `tmp/`, flushed and renamed into `parts/`; the new manifest is written; `HEAD` is swapped last. A
-reader follows `HEAD` and so never sees anything half-written; a crash leaves at most an unreferenced part.
+reader follows `HEAD` and so never sees anything half-written; a crash leaves at most parts that no row points to.
 
 A folder has one committer at a time (the run's lock sees to that).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _CHECKSUM = b"kdpipe.digest"
 _WRITTEN_BY = b"kdpipe.written_by"
+_REST = 20  # times as long as writing a manifest took, before another is written for `commit(soon=True)`
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class Ledger:
         self.tmp = tmp
         self.digest, self._rows = self._load_current_rows()
         self._rejects = self._load_rejects()
+        self._rejects_digest = digest(sorted(self._rejects.values(), key=lambda reject: (reject.id, reject.source)))
+        self._behind, self._written, self._cost = False, 0.0, 0.0
 
     @property
     def parts(self) -> Path:
@@ -114,6 +118,7 @@ class Ledger:
         rejects: Iterable[Reject] = (),
         built: Mapping[str, Path] | None = None,
         drop: Iterable[tuple[str, str]] = (),
+        soon: bool = False,
     ) -> None:
         """Takes finished parts, their rows and rejections into the ledger, `HEAD` last.
 
@@ -122,11 +127,16 @@ class Ledger:
             rejects: new rejections; each removes the row of the same sample and source.
             built: part name to the finished file or folder in `tmp`, moved to `parts/`.
             drop: (sample, source) pairs to forget.
+            soon: parts are in place at once, but the manifest, which takes the longer the more samples there are, is
+                only written when that takes a twentieth of the time at most, or by `flush`. After a crash before that,
+                parts that were built so are still there, without rows: see `unreferenced_parts`.
 
         Raises:
             OSError: the disk is full or not writable; what was committed before is then as it was.
         """
-        new_rows, new_rejects = dict(self._rows), dict(self._rejects)
+        for name, path in (built or {}).items():
+            move_into_place(path, self.parts / name)
+        new_rows, new_rejects = (self._rows, self._rejects) if soon else (dict(self._rows), dict(self._rejects))
         for pair in drop:
             new_rows.pop(pair, None)
             new_rejects.pop(pair, None)
@@ -136,19 +146,36 @@ class Ledger:
         for reject in rejects:
             new_rejects[reject.id, reject.source] = reject
             new_rows.pop((reject.id, reject.source), None)
-        for name, path in (built or {}).items():
-            move_into_place(path, self.parts / name)
-        new_digest = rows_digest(new_rows.values())
+        if soon and time.monotonic() - self._written < _REST * self._cost:
+            self._behind = True
+        else:
+            self._write(new_rows, new_rejects)
+
+    def flush(self) -> None:
+        """Writes what `commit(soon=True)` has left to be written.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        if self._behind:
+            self._write(self._rows, self._rejects)
+
+    def _write(self, rows: dict[tuple[str, str], Row], rejects: dict[tuple[str, str], Reject]) -> None:
+        began = time.monotonic()
+        new_digest = rows_digest(rows.values())
         manifest = self.folder / "manifests" / f"{new_digest}.parquet"
         moved = new_digest != self.digest or not manifest.exists()
         if moved:
-            _write_table(manifest, _rows_table(new_rows.values()), self.tmp)
-        if new_rejects != self._rejects:
-            _write_table(self.folder / "rejects.parquet", _rejects_table(new_rejects.values()), self.tmp)
+            _write_table(manifest, _rows_table(rows.values()), self.tmp)
+        found = digest(sorted(rejects.values(), key=lambda reject: (reject.id, reject.source)))
+        if found != self._rejects_digest:
+            _write_table(self.folder / "rejects.parquet", _rejects_table(rejects.values()), self.tmp)
         if moved:
             write_head(self.folder, manifest, self.tmp)
-        self.digest, self._rows, self._rejects = new_digest, new_rows, new_rejects
+        self.digest, self._rows, self._rejects, self._rejects_digest = new_digest, rows, rejects, found
         self._prune_manifests()
+        self._behind, self._written = False, time.monotonic()
+        self._cost = self._written - began
 
     def lost_parts(self) -> set[str]:
         """Names of parts that rows point to and that are not on disk any more, wholly or in part.

@@ -1,24 +1,20 @@
-"""What `kdpipe cache` does: says what the teacher store holds, proves and mends it, and removes what nothing needs."""
+"""What `kdpipe cache` does to the teacher store: proves and mends it, and removes what nothing needs."""
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import remove
-from kdpipe.data.ledger import Ledger, Row, old_manifests
-from kdpipe.data.store.distributions import Layout
+from kdpipe.data.ledger import Ledger, old_manifests
 from kdpipe.data.store.mend import DAMAGED, Findings, examine, mend, size_of
-from kdpipe.data.store.metadata import load_attributes
 from kdpipe.pipeline.cost import human_bytes
 from kdpipe.pipeline.lock import hold
 from kdpipe.pipeline.terminal import names, printable
@@ -26,7 +22,6 @@ from kdpipe.stages.base import Context
 from kdpipe.stages.cache_teachers.stage import STAGE
 from kdpipe.stages.progress import progress
 
-_SOURCES = ("targets", "textual", "acoustic", "acoustic_top")
 _NAMED_DAMAGES = 8
 
 
@@ -40,136 +35,6 @@ def store_folder(ctx: Context) -> Path:
     if not folder.is_dir():
         raise KdpipeError(f"{folder}: nothing is cached yet. Run `kdpipe {STAGE.name}`.")
     return folder
-
-
-@dataclass
-class _Source:
-    """What is stored of one source, summed over its parts."""
-
-    samples: set[str] = field(default_factory=set)
-    units: int = 0
-    tokens: int = 0
-    parts: int = 0
-    bytes: int = 0
-    unused: float = 0.0
-    layouts: Counter[tuple[str, ...]] = field(default_factory=Counter)
-    fidelity: list[tuple[int, float, float, float, str]] = field(default_factory=list)
-
-
-def overview(ctx: Context) -> list[str]:
-    """What is in the store, in lines: by source how much, in which layout, and how faithful.
-
-    Raises:
-        KdpipeError: nothing is cached yet, or a part that is asked for is damaged.
-    """
-    folder = store_folder(ctx)
-    ledger = ctx.ledger(STAGE.name)
-    by_part: dict[str, list[Row]] = defaultdict(list)
-    for row in ledger.rows():
-        by_part[row.part].append(row)
-    lost = ledger.lost_parts()
-    sources: dict[str, _Source] = defaultdict(_Source)
-    for name, rows in by_part.items():
-        if name not in lost:
-            _add_part(sources, ledger.parts / name, rows)
-    garbage = sum(size for _, _, size in _garbage(ctx, ledger, ()))
-    unused = sum(source.unused for source in sources.values())
-    total = sum(source.bytes for source in sources.values())
-    samples = {row.id for row in ledger.rows()}
-    lines = [
-        f"{folder}",
-        f"{len(samples):,} samples in {len(by_part) - len(lost):,} parts, {human_bytes(total)}; "
-        f"{human_bytes(round(unused))} of it for units that no sample needs any more; {human_bytes(garbage)} of garbage "
-        "beside it (`kdpipe cache gc`)",
-        "",
-        f"{'source':<14}{'samples':>9}{'units':>9}{'tokens':>13}{'parts':>8}{'bytes':>12}{'a token':>12}",
-    ]
-    ordered = sorted(sources, key=lambda s: _SOURCES.index(s) if s in _SOURCES else len(_SOURCES))
-    for name in ordered:
-        one = sources[name]
-        each = f"{one.bytes / one.tokens:,.1f} B" if one.tokens else ""
-        lines.append(
-            f"{name:<14}{len(one.samples):>9,}{one.units:>9,}{one.tokens:>13,}{one.parts:>8,}"
-            f"{human_bytes(one.bytes):>12}{each:>12}"
-        )
-    for name in ordered:
-        lines += ["", name, *_details(sources[name])]
-    if lost:
-        gone = {row.id for part in lost for row in by_part[part]}
-        lines += ["", f"{len(lost)} parts are gone, with {len(gone)} samples: {names(sorted(gone))}"]
-    return lines
-
-
-def _add_part(sources: dict[str, _Source], part: Path, rows: Sequence[Row]) -> None:
-    attributes = load_attributes(part)
-    units, size = attributes["units"], size_of(part)
-    tokens = sum(unit["tokens"] for unit in units)
-    used = sum(units[place]["tokens"] for place in {row.row for row in rows})
-    one = sources[attributes["source"]]
-    one.samples |= {row.id for row in rows}
-    one.units += len(units)
-    one.tokens += tokens
-    one.parts += 1
-    one.bytes += size
-    one.unused += size * (tokens - used) / tokens if tokens else 0
-    one.layouts[_layout_lines(attributes)] += 1
-    for name, seen in attributes.get("fidelity", {}).items():
-        numbers = seen["cosine_mean"], seen["cosine_worst"], seen["relative_error"]
-        one.fidelity.append((seen["tokens"], *numbers, name.removeprefix("hidden/").lstrip("0")))
-
-
-def _layout_lines(attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    lines = []
-    arrays = attributes["arrays"]
-    if "target_ids" in arrays:
-        lines.append("the response in token ids of the student, uint32")
-    if "distributions" in attributes:
-        layout = Layout.of(attributes)
-        lens = [int(name.split("/")[1]) for name in arrays if name.startswith("lens/") and name.endswith("/log_z")]
-        which = "the last layer" if "top/log_z" in arrays else ""
-        which += (" and " if which else "") + f"the lens of {_layers(lens)}" if lens else ""
-        kept = f"{layout.kept} ids" if layout.mass is None else f"ids that reach {layout.mass:g} of the mass"
-        bounds = "" if layout.mass is None else f" ({layout.min_k} to {layout.kept})"
-        tails = "one tail" if layout.blocks == 1 else f"tails of {layout.blocks} vocabulary blocks"
-        lines.append(f"distributions of {which}")
-        lines.append(
-            f"of each token {kept}{bounds} of {layout.bits} bits, log-probabilities {layout.logprob}, {tails}, "
-            f"temperatures {', '.join(f'{t:g}' for t in layout.temperatures)}"
-        )
-        if layout.draws is not None:
-            lines.append(f"{layout.draws['count']} ids drawn from the tail beside {layout.draws['k']}")
-    if "states" in attributes:
-        about = attributes["states"]
-        rank = f", rank {about['rank']}" if "rank" in about else ""
-        lines.append(f"states of {_layers(about['layers'])}, width {about['width']}, codec {about['codec']}{rank}")
-    return tuple(lines)
-
-
-def _details(one: _Source) -> list[str]:
-    lines = []
-    for texts, count in one.layouts.most_common():
-        if len(one.layouts) > 1:
-            lines.append(f"  in {count} of {one.parts} parts:")
-        lines += [f"  {text}" for text in texts]
-    if one.fidelity:
-        tokens = sum(entry[0] for entry in one.fidelity) or 1
-        mean = sum(n * cosine for n, cosine, *_ in one.fidelity) / tokens
-        error = math.sqrt(sum(n * relative**2 for n, _, _, relative, _ in one.fidelity) / tokens)
-        worst = min(one.fidelity, key=lambda entry: entry[2])
-        lines.append(
-            f"  as stored against as computed: cosine {mean:.6f} in the mean, {worst[2]:.6f} at worst (layer {worst[4]}), "
-            f"relative error {error:.2e}"
-        )
-    return lines
-
-
-def _layers(layers: Iterable[int]) -> str:
-    """`layer 3`, `layers 1-4, 9`."""
-    runs = []
-    for _, group in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
-        run = [layer for _, layer in group]
-        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return f"layer{'' if len(runs) == 1 and '-' not in runs[0] else 's'} {', '.join(runs)}"
 
 
 def verify(ctx: Context, *, report_only: bool = False) -> tuple[bool, list[str]]:
@@ -190,9 +55,11 @@ def verify(ctx: Context, *, report_only: bool = False) -> tuple[bool, list[str]]
         started = time.perf_counter()
         findings = _examine(folder)
         seconds = time.perf_counter() - started
-        looked = f"{folder}: {findings.parts} parts, {human_bytes(findings.bytes)}, looked at in {seconds:.1f} s"
+        speed = f" ({human_bytes(findings.bytes / seconds)}/s)" if findings.bytes > 100_000_000 else ""
+        size = human_bytes(findings.bytes)
+        looked = f"{folder}: {findings.parts} parts, {size}, looked at in {seconds:.1f} s{speed}"
         if not findings.damages:
-            return True, [f"{looked} ({human_bytes(round(findings.bytes / seconds))}/s): every byte is sound"]
+            return True, [f"{looked}: every byte is sound"]
         lines = [f"{looked}: {len(findings.damages)} damages", *_damage_lines(folder, findings)]
         if report_only:
             return False, [*lines, "", "Nothing was changed (--report-only)."]
@@ -207,6 +74,8 @@ def _lock(ctx: Context) -> AbstractContextManager[list[int]]:
 def _examine(folder: Path) -> Findings:
     lock, done = threading.Lock(), 0
     total = size_of(folder / "parts") // 1_000_000 if (folder / "parts").is_dir() else 0
+    if not total:
+        return examine(folder)
     with progress(total, "verify", "MB") as bar:
 
         def told(count: int) -> None:
@@ -253,6 +122,51 @@ def _mended_lines(ctx: Context, folder: Path, findings: Findings, moved: Sequenc
     return lines
 
 
+def compare_live(ctx: Context, count: int) -> list[str]:
+    """Asks the live teachers again about some samples and says how far the store is off, under the run's lock.
+
+    Args:
+        ctx: the run.
+        count: samples of each source.
+
+    Raises:
+        KdpipeError: nothing is cached yet, another process works in the run folder, or a teacher cannot be loaded.
+    """
+    from kdpipe.pipeline.plan import make_plans
+    from kdpipe.pipeline.worker import QUIET
+
+    store_folder(ctx)
+    with _lock(ctx):
+        plan = make_plans(ctx, STAGE.name)[STAGE.name]
+        fresh = [want for want in plan.wanted if (want.id, want.source) in plan.fresh]
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        from kdpipe.stages.cache_teachers.live import compare
+
+        found = compare(ctx, fresh, count)
+    lines = [
+        "",
+        f"{'against live':<14}{'samples':>9}{'tokens':>8}{'log p: mean':>14}{'worst':>10}{'variation: mean':>18}"
+        f"{'worst':>10}{'cosine: mean':>15}{'worst':>10}",
+    ]
+    for source, one in found.items():
+        numbers = one.result()
+        lines.append(
+            f"{source:<14}{one.samples:>9,}{one.tokens:>8,}"
+            + _number(numbers, "nats", 14, ".1e")
+            + _number(numbers, "variation", 18, ".1e")
+            + _number(numbers, "cosine", 15, ".6f")
+        )
+    if not found:
+        lines.append("Nothing that is stored is of this configuration; there is nothing to compare.")
+    return lines
+
+
+def _number(numbers: Mapping[str, float], name: str, width: int, form: str) -> str:
+    texts = [f"{numbers[key]:{form}}" if (key := f"{name}_{which}") in numbers else "" for which in ("mean", "worst")]
+    return f"{texts[0]:>{width}}{texts[1]:>10}"
+
+
 def collect_garbage(ctx: Context, *, dry_run: bool = False, unasked: bool = False) -> list[str]:
     """Removes what nothing points to, under the run's lock.
 
@@ -282,15 +196,15 @@ def collect_garbage(ctx: Context, *, dry_run: bool = False, unasked: bool = Fals
             lines.append(f"{len(ids):>6} samples that the manifest does not name: {names(ids)}")
             if not dry_run:
                 ledger.commit(drop=drop)
-        garbage = _garbage(ctx, ledger, drop)
-        for what, group in groupby(garbage, key=lambda entry: entry[0]):
+        found = garbage(ctx, ledger, drop)
+        for what, group in groupby(found, key=lambda entry: entry[0]):
             entries = list(group)
             size = sum(size for _, _, size in entries)
             lines.append(f"{len(entries):>6} {what}, {human_bytes(size)}: {names((p.name for _, p, _ in entries), 4)}")
             if not dry_run:
                 for _, path, _ in entries:
                     remove(path)
-        total = human_bytes(sum(size for _, _, size in garbage))
+        total = human_bytes(sum(size for _, _, size in found))
         if not lines:
             return [f"{folder}: nothing to remove."]
         return [*lines, f"{total} would be freed; nothing was removed." if dry_run else f"{total} freed."]
@@ -303,7 +217,7 @@ def _unasked(ctx: Context, ledger: Ledger) -> list[tuple[str, str]]:
     return sorted({(entry.id, entry.source) for entry in entries if entry.id not in asked})
 
 
-def _garbage(ctx: Context, ledger: Ledger, drop: Iterable[tuple[str, str]]) -> list[tuple[str, Path, int]]:
+def garbage(ctx: Context, ledger: Ledger, drop: Iterable[tuple[str, str]] = ()) -> list[tuple[str, Path, int]]:
     """What nothing needs: kind, place and bytes; kinds stand together."""
     from kdpipe.pipeline.runner import _UNFINISHED
 

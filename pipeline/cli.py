@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.runner import Request
 
 
-class _Group(click.Group):
-    """Prints errors of the user's without a traceback and ends with the right status."""
+class _Commands(click.Group):
+    """Lists commands in the order they are defined in."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+
+class _Group(_Commands):
+    """Prints errors of the user's without a traceback and ends with the right status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         from kdpipe.data.errors import KdpipeError
@@ -43,13 +47,6 @@ class _Group(click.Group):
 
             click.echo(f"Error: {unforeseen(error)}", err=True)
             sys.exit(1)
-
-
-class _Commands(click.Group):
-    """Lists commands in the order they are defined in."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -257,7 +254,7 @@ def inspect(sample: str | None, config_file: Path, overrides: tuple[str, ...], l
     """
     ctx = _request(config_file, overrides).context()
     if sample is None:
-        from kdpipe.pipeline.cache import overview
+        from kdpipe.pipeline.overview import overview
 
         lines = overview(ctx)
     else:

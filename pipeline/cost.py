@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdpipe.data.errors import KdpipeError, StoreError
 from kdpipe.stages.base import Context, StagePlan
-from kdpipe.stages.cache_teachers.estimate import Estimate, estimate
+from kdpipe.stages.cache_teachers.cost.estimate import Estimate, estimate
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE
 from kdpipe.stages.config import Config

@@ -6,6 +6,7 @@ Dimension key: T response tokens, K kept entries.
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,7 +52,8 @@ def show_sample(ctx: Context, sample: str, *, layer: int | None = None, tokens: 
     lines = [_bold(printable(sample)), *_question(ctx, sample)]
     for source, row in rows.items():
         part, _ = store.get(sample, source)
-        lines.append(f"  {source:<13}{row.tokens:>6} tokens   parts/{row.part}, row {row.row}{_beside(part)}")
+        line = f"  {source:<13}{row.tokens:>6} tokens   parts/{row.part}, row {row.row}{_beside(part)}"
+        lines.append(fitted(line, terminal_width()).rstrip())
     ids = None
     if "targets" in rows:
         part, row = store.get(sample, "targets")
@@ -153,45 +155,51 @@ def _table(found: StoredDistribution, ids: np.ndarray, tokens: slice, texts: Map
     width = terminal_width()
     token = min(_TOKEN, max([6, *(columns_of(_text(texts, int(ids[t]))) for t in places)]))
     head = f"{'t':>{digits}}{_GAP}{fitted('target', token)}{_GAP}{'p':>{_NUMBER}}{'tail':>{_NUMBER + 1}}{'nats':>6}"
-    room = width - len(head) - len(_GAP)
-    lines = [
-        click.style(fitted(f"{head}{_GAP}{'what the teacher expected':<{max(0, room)}}", width).rstrip(), dim=True)
-    ]
-    for t in places:
-        target = int(ids[t])
+    if not len(places):
+        return [f"{_GAP}no tokens in this range; there are {len(ids)}"]
+    cells = [_cells(found, t, texts) for t in places]
+    widths = _widths(cells, terminal_width() - columns_of(head) - len(_GAP))
+    title = f"{head}{_GAP}{'what the teacher expected' if sum(widths) > 24 else ''}"
+    lines = [click.style(title.rstrip(), dim=True)]
+    for t, row in zip(places, cells, strict=True):
         p = _probability(numbers.p[t], at_most=not numbers.is_kept[t])
-        line = f"{t:>{digits}}{_GAP}{fitted(_text(texts, target), token)}{_GAP}{p:>{_NUMBER}}"
+        line = f"{t:>{digits}}{_GAP}{fitted(_text(texts, int(ids[t])), token)}{_GAP}{p:>{_NUMBER}}"
         line += f"{_probability(numbers.tail[t]):>{_NUMBER + 1}}{numbers.entropy[t]:>6.2f}{_GAP}"
-        lines.append((line + _candidates(found, t, target, room, texts)).rstrip())
+        for place, ((text, number), width) in enumerate(zip(row, widths, strict=False)):
+            text = fitted(text, width - _NUMBER - len(_GAP))
+            is_target = place == numbers.rank[t]
+            line += click.style(text, fg="green", bold=True) if is_target else text
+            line += f" {click.style(number, dim=True)}{_GAP}"
+        lines.append(line.rstrip())
     chosen = np.array(places, np.int64)
-    if len(chosen):
-        first = (numbers.rank[chosen] == 0).mean()
-        kept = numbers.is_kept[chosen].mean()
-        lines.append(
-            f"{_GAP}target likeliest at {first:.0%}, kept at {kept:.0%} of {len(chosen)} tokens; in the mean p "
-            f"{numbers.p[chosen].mean():.3f}, tail {numbers.tail[chosen].mean():.3f}, entropy "
-            f"{numbers.entropy[chosen].mean():.2f} nats"
-        )
+    bound = "" if numbers.is_kept[chosen].all() else "at most "
+    lines += textwrap.wrap(
+        f"target likeliest at {(numbers.rank[chosen] == 0).mean():.0%}, kept at {numbers.is_kept[chosen].mean():.0%} of "
+        f"{len(chosen)} tokens; in the mean p {bound}{numbers.p[chosen].mean():.3f}, "
+        f"tail {numbers.tail[chosen].mean():.3f}, entropy at least {numbers.entropy[chosen].mean():.2f} nats",
+        terminal_width(),
+        initial_indent=_GAP,
+        subsequent_indent=_GAP,
+    )
     return lines
 
 
-def _candidates(found: StoredDistribution, t: int, target: int, room: int, texts: Mapping[int, str]) -> str:
-    """As many of the likeliest ids as fit; the target among them stands out."""
-    line, used = "", 0
-    for index, log_p in zip(found.ids[t].tolist(), found.logprob[t].tolist(), strict=True):
-        if index < 0:
+def _cells(found: StoredDistribution, t: int, texts: Mapping[int, str]) -> list[tuple[str, str]]:
+    """The likeliest ids of a position: text and probability."""
+    pairs = zip(found.ids[t].tolist(), np.exp(found.logprob[t]).tolist(), strict=True)
+    return [(_text(texts, index), _probability(p)) for index, p in pairs if index >= 0]
+
+
+def _widths(cells: Sequence[Sequence[tuple[str, str]]], room: int) -> list[int]:
+    """Columns of each place among the likeliest ids, probability and gap included, as many as there is room for."""
+    widths: list[int] = []
+    for place in range(max(map(len, cells), default=0)):
+        texts = [row[place][0] for row in cells if place < len(row)]
+        width = min(_TOKEN, max(map(columns_of, texts))) + _NUMBER + len(_GAP)
+        if sum(widths) + width - len(_GAP) > room:
             break
-        text = _text(texts, index)
-        text = fitted(text, _TOKEN).rstrip() if columns_of(text) > _TOKEN else text
-        number = _probability(np.exp(log_p))
-        size = columns_of(text) + 1 + len(number)
-        if used + size > room:
-            break
-        line += click.style(text, fg="green", bold=True) if index == target else text
-        line += f" {click.style(number, dim=True)}"
-        gap = min(3, max(0, room - used - size))
-        line, used = line + " " * gap, used + size + gap
-    return line
+        widths.append(width)
+    return widths
 
 
 def _probability(p: float, *, at_most: bool = False) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.store.metadata import damaged
+from kdpipe.data.store.metadata import damaged, raise_if_scarce
 from kdpipe.data.store.shard import METADATA, Damaged, Grid, OpenShards, ShardReader, shard_file
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class StoredArray:
         self._part = part
         self._name = name
         self._folder = part / name
+        self._key = str(self._folder)
         self._shards = shards
         try:
             document = json.loads((self._folder / METADATA).read_bytes())
@@ -46,6 +47,7 @@ class StoredArray:
             self.dtype = np.dtype(document["data_type"])
             self._grid = Grid.of(document)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise_if_scarce(error)
             raise damaged(part, f"{self._folder / METADATA}: cannot be read ({error!r})") from None
         self._zarr: zarr.Array | None = None
         self._otherwise: set[int] = set()
@@ -75,11 +77,11 @@ class StoredArray:
             if stop - start <= grid.chunk_rows:
                 try:
                     shard = self._shard(first)
-                    found = shard.view(at, at + stop - start) if shard is not None else None
+                    found = shard.view(at, at + stop - start, self.dtype, self.shape[1:]) if shard is not None else None
                 except Damaged as error:
                     raise self._error(error, unit) from None
                 if found is not None:
-                    return found.view(self.dtype).reshape(stop - start, *self.shape[1:])
+                    return found
         out = self.read(start, stop, unit)
         out.flags.writeable = False
         return out
@@ -119,15 +121,16 @@ class StoredArray:
         assert grid is not None
         if number in self._otherwise:
             return None
-        file = shard_file(self._folder, number, len(self.shape) - 1)
-        found = self._shards.get(file)
+        key = (self._key, number)
+        found = self._shards.get(key)
         if found is None:
+            file = shard_file(self._folder, number, len(self.shape) - 1)
             try:
                 found = ShardReader(file, grid, number * grid.per_shard, self._verified)
             except NotImplementedError:
                 self._otherwise.add(number)
                 return None
-            self._shards.put(found)
+            self._shards.put(key, found)
         return found
 
     def _open_zarr(self) -> zarr.Array:

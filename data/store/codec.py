@@ -124,6 +124,8 @@ def encode_tensors(
         raise ValueError(f"unknown codec {codec!r}")
     largest, states_TC = _LARGEST[codec], states.float()
     scale_T = states_TC.abs().amax(dim=1) / largest if states_TC.shape[1] else states_TC.new_zeros(len(states_TC))
+    if not bool(torch.isfinite(scale_T).all()):
+        raise KdpipeError("hidden states are too large for a basis; set `teachers.states: float32`")
     codes_TC = (states_TC / torch.where(scale_T > 0, scale_T, 1.0)[:, None]).clamp(-largest, largest)
     if codec == "fp8":
         return {"states": codes_TC.to(torch.float8_e4m3fn).contiguous().view(torch.uint8), "scale": scale_T}

@@ -216,36 +216,40 @@ class Layout:
 
     def decode(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What `encode` was given, as far as it is kept: dtypes and absent entries as in `StoredDistribution`."""
-        logprob, tokens = stored["logprob"], len(stored["log_z"])
-        if self.mass is None:
-            ids_TK = unpack_ids(stored["ids"], self.kept, self.bits)
-            kept_TK = None
-            if self.kept > 1 and bool((ids_TK[:, -1] == ids_TK[:, 0]).any()):
-                kept_TK = ids_TK != ids_TK[:, :1]
-                kept_TK[:, 0] = True
-                ids_TK[~kept_TK] = -1
-        else:
-            count_T = stored["count"].astype(np.int64)
-            most = int(count_T.max(initial=0))
-            kept_TK = np.arange(most) < count_T[:, None]
-            ids_TK = np.full((tokens, most), -1, np.int64)
-            ids_TK[kept_TK] = unpack_ids(stored["ids"][None], len(logprob), self.bits)[0]
-            codes = np.zeros((tokens, most), logprob.dtype)
-            codes[kept_TK] = logprob
-            logprob = codes
+        made = self._decode_fixed(stored) if self.mass is None else self._decode_mass(stored)
+        return {**made, "log_z": stored["log_z"], "log_tail": _wide(stored["log_tail"])}
+
+    def _decode_fixed(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids_TK = unpack_ids(stored["ids"], self.kept, self.bits)
         if self.logprob == "uint8":
-            high_T1, low_T1 = stored["range"].astype(np.float32)[:, :1], stored["range"].astype(np.float32)[:, 1:]
-            logprob_TK = high_T1 - logprob * ((high_T1 - low_T1) / 255)
+            high_T, step_T = self._steps(stored)
+            logprob_TK = high_T[:, None] - stored["logprob"] * step_T[:, None]
         else:
-            logprob_TK = _wide(logprob)
-        if kept_TK is not None:
-            logprob_TK[~kept_TK] = -np.inf
-        return {
-            "ids": ids_TK,
-            "logprob": logprob_TK,
-            "log_z": stored["log_z"],
-            "log_tail": _wide(stored["log_tail"]),
-        }
+            logprob_TK = _wide(stored["logprob"])
+        if self.kept > 1 and bool((ids_TK[:, -1] == ids_TK[:, 0]).any()):
+            gone_TK = ids_TK == ids_TK[:, :1]
+            gone_TK[:, 0] = False
+            ids_TK[gone_TK], logprob_TK[gone_TK] = -1, -np.inf
+        return {"ids": ids_TK, "logprob": logprob_TK}
+
+    def _decode_mass(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        count_T = stored["count"].astype(np.int64)
+        shape = (len(count_T), int(count_T.max(initial=0)))
+        places_E = np.flatnonzero(np.arange(shape[1]) < count_T[:, None])
+        ids_TK, logprob_TK = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
+        ids_TK.reshape(-1)[places_E] = unpack_ids(stored["ids"][None], len(places_E), self.bits)[0]
+        if self.logprob == "uint8":
+            high_E, step_E = (values_T.repeat(count_T) for values_T in self._steps(stored))
+            logprob_E = high_E - stored["logprob"] * step_E
+        else:
+            logprob_E = _wide(stored["logprob"])
+        logprob_TK.reshape(-1)[places_E] = logprob_E
+        return {"ids": ids_TK, "logprob": logprob_TK}
+
+    def _steps(self, stored: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the dtype `uint8`: largest log-probability and size of a step, float32 [T] each."""
+        high_T, low_T = stored["range"].astype(np.float32).T
+        return high_T, (high_T - low_T) / 255
 
 
 def narrowed(
@@ -300,8 +304,8 @@ def entries_for_mass(logprob_TK: np.ndarray, mass: float, min_k: int) -> np.ndar
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    """float32 of float16 by torch, which is ten times as fast at it as numpy."""
-    if array.dtype != np.float16:
+    """float32 of float16, of many by torch, which is ten times as fast at it as numpy."""
+    if array.dtype != np.float16 or array.size < 4096:
         return array.astype(np.float32)
     import torch
 

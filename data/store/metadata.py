@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,12 @@ def damaged(part: Path, what: str) -> StoreError:
         f"{what}. Remove the part folder {part} and run `kdpipe cache-teachers`, "
         "or let `kdpipe cache verify` set it aside first: only its samples are computed again."
     )
+
+
+def raise_if_scarce(error: Exception) -> None:
+    """Raises an error that says there are too many open files: nothing is wrong with the part."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
 
 
 def metadata_digest(part: Path) -> str:
@@ -72,12 +79,14 @@ def load_attributes(part: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise damaged(part, f"{file}: missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise_if_scarce(error)
         raise damaged(part, f"{file}: not the metadata of a part ({error!r})") from None
     if version != FORMAT:
         raise damaged(part, f"{file}: written in format {version}, and this kdpipe reads format {FORMAT}")
     try:
         found = metadata_digest(part)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_scarce(error)
         raise damaged(part, f"{part}: its metadata cannot be read ({error!r})") from None
     if found != attributes.get("metadata"):
         raise damaged(part, f"{file} or a {_FILE} below it: damaged (the digest of the metadata does not match)")

@@ -55,18 +55,36 @@ def pack_ids(ids_Rn: np.ndarray, bits: int) -> np.ndarray:
 def unpack_ids(packed_RB: np.ndarray, count: int, bits: int) -> np.ndarray:
     """Ids int64 [R, count] from what `pack_ids` made, uint8 [R, packed_bytes(count, bits)]."""
     rows, width = packed_RB.shape
-    flat = np.empty(packed_RB.size + _WORD, np.uint8)
+    phases = _phases(bits)
+    _, period, _, step, _ = phases[0]
+    if step >= 8 and count % period == 0 and packed_RB.size and packed_RB.flags.c_contiguous:
+        return _unpack_periods(packed_RB.reshape(-1), bits, period, step).reshape(rows, count)
+    flat = np.zeros(packed_RB.size + _WORD, np.uint8)
     flat[: packed_RB.size] = packed_RB.reshape(-1)
-    flat[packed_RB.size :] = 0
     words = np.ndarray((rows, width), "<u4", flat, strides=(width, 1))
     ids_Rn = np.empty((rows, count), np.int64)
     mask = np.uint32((1 << bits) - 1)
-    for first, period, byte, step, shift in _phases(bits):
+    for first, period, byte, step, shift in phases:
         here = ids_Rn[:, first::period]
         taken = words[:, byte::step][:, : here.shape[1]] >> np.uint32(shift)
         taken &= mask
         here[...] = taken
     return ids_Rn
+
+
+def _unpack_periods(flat: np.ndarray, bits: int, period: int, step: int) -> np.ndarray:
+    """Ids of bytes that hold whole periods: `period` ids in `step` bytes, through one or a few words of 8 bytes."""
+    count = len(flat) // step
+    ids_cp = np.empty((count, period), np.uint64)
+    mask = np.uint64((1 << bits) - 1)
+    words: dict[int, np.ndarray] = {}
+    for place in range(period):
+        bit = place * bits
+        byte = 0 if bit + bits <= 64 else min(bit // 8, step - 8)
+        if byte not in words:
+            words[byte] = np.ndarray((count,), "<u8", flat, byte, (step,)).copy()
+        np.bitwise_and(words[byte] >> np.uint64(bit - 8 * byte), mask, out=ids_cp[:, place])
+    return ids_cp.view(np.int64)
 
 
 def _phases(bits: int) -> list[tuple[int, int, int, int, int]]:

@@ -84,7 +84,7 @@ class PartReader:
         self._verify = verify
         self._shards = shards if shards is not None else OpenShards(OPEN_FILES)
         self._arrays: dict[str, StoredArray] = {}
-        self._axes: dict[str, np.ndarray] = {}
+        self._axes: dict[str, list[int]] = {}
         self._constants: dict[str, np.ndarray] = {}
         self._digests: dict[str, str] = {}
         self._layout: Layout | None = None
@@ -108,7 +108,7 @@ class PartReader:
     def tokens(self, row: int) -> int:
         """Tokens of a unit."""
         starts = self._starts(TOKENS)
-        return int(starts[row + 1] - starts[row])
+        return starts[row + 1] - starts[row]
 
     def read(self, row: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Arrays of one unit as they are stored.
@@ -308,12 +308,12 @@ class PartReader:
         if axis == PART:
             return 0, self._stored(name).shape[0]
         starts = self._starts(axis)
-        return int(starts[row]), int(starts[row + 1])
+        return starts[row], starts[row + 1]
 
-    def _starts(self, axis: str) -> np.ndarray:
+    def _starts(self, axis: str) -> Sequence[int]:
         """First row of each unit on an axis, and the end."""
         if axis not in self._axes:
-            self._axes[axis] = self._stored(starts_name(axis)).read(0, len(self.units) + 1)
+            self._axes[axis] = self._stored(starts_name(axis)).read(0, len(self.units) + 1).tolist()
         return self._axes[axis]
 
     def _stored(self, name: str) -> StoredArray:
@@ -357,12 +357,15 @@ class Store:
         row = self._ledger.get(sample_id, source)
         if row is None:
             raise StoreError(f"{self._parts}: holds no {source} of sample {sample_id!r}. Run `kdpipe cache-teachers`.")
-        path = self._parts / row.part
-        part: PartReader = self._open.get(path, lambda: PartReader(path, verify=self._verify, shards=self._shards))
+        part: PartReader = self._open.get(row.part, lambda: self._open_part(row.part))
         # Ids are not compared: a sample that came later may share a clip's unit without being listed there.
         unit = part.units[row.row] if row.row < len(part.units) else {}
         if part.source != source or unit.get("key") != row.key:
+            path = self._parts / row.part
             raise damaged(
                 path, f"{path}: row {row.row} is not {source} of sample {sample_id!r} under the key {row.key}"
             )
         return part, row.row
+
+    def _open_part(self, name: str) -> PartReader:
+        return PartReader(self._parts / name, verify=self._verify, shards=self._shards)

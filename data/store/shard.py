@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ CRC_BYTES = 4
 _ENTRY_BYTES = 16
 _EMPTY = 2**64 - 1
 _IOV = 64  # buffers handed to one system call
+_READ_BYTES = 2 << 20  # read and proven at a time: what a processor's cache holds
 METADATA = "zarr.json"
 
 
@@ -266,8 +267,8 @@ class Grid:
 class ShardReader:
     """One shard file, mapped into memory. Safe to use from several threads.
 
-    A chunk's checksum is verified when it is first touched: where a caller wants all of it, in the caller's memory
-    after one `preadv`, and else in the map. After that its rows are copied from the map.
+    A chunk's checksum is verified when it is first touched. Rows are read by `preadv` then, and after that copied from
+    the map.
 
     Args:
         file: the shard.
@@ -319,15 +320,15 @@ class ShardReader:
         if hasattr(self, "_handle"):
             os.close(self._handle)
 
-    def view(self, start: int, stop: int) -> np.ndarray | None:
-        """Bytes of rows `[start, stop)` of the shard without copying, or None where they cross chunks."""
+    def view(self, start: int, stop: int, dtype: np.dtype, width: tuple[int, ...]) -> np.ndarray | None:
+        """Rows `[start, stop)` of the shard without copying, read-only, or None where they cross chunks."""
         grid = self._grid
         chunk = start // grid.chunk_rows
         if (stop - 1) // grid.chunk_rows != chunk:
             return None
         self._verify(chunk)
         at = start * grid.row_bytes + chunk * CRC_BYTES
-        return self.bytes[at : at + (stop - start) * grid.row_bytes]
+        return np.ndarray((stop - start, *width), dtype, self._map, at)
 
     def read_into(self, out: np.ndarray, start: int, stop: int) -> None:
         """Copies rows `[start, stop)` of the shard into contiguous uint8 `out`.
@@ -335,41 +336,92 @@ class ShardReader:
         Raises:
             Damaged: names the chunk whose checksum does not match.
         """
-        grid, at = self._grid, 0
-        for chunk in range(start // grid.chunk_rows, (stop - 1) // grid.chunk_rows + 1):
-            low = max(start, chunk * grid.chunk_rows)
-            high = min(stop, (chunk + 1) * grid.chunk_rows)
-            size = (high - low) * grid.row_bytes
-            piece = out[at : at + size]
-            at += size
-            if self._verified is not None and not self._verified[self._first + chunk] and size == grid.chunk_bytes:
-                self._read_verified(piece, chunk)
-                continue
-            self._verify(chunk)
-            place = low * grid.row_bytes + chunk * CRC_BYTES
-            piece[:] = self.bytes[place : place + size]
+        grid = self._grid
+        first, last = start // grid.chunk_rows, (stop - 1) // grid.chunk_rows + 1
+        if self._verified is None or self._verified[self._first + first : self._first + last].all():
+            self._copy(out, start, stop)
+            return
+        together = min(max(1, _READ_BYTES // grid.chunk_bytes), _IOV // 2)
+        place = start
+        while place < stop:
+            chunk = place // grid.chunk_rows
+            until = chunk + 1
+            known = self._verified[self._first + chunk]
+            while until < last and self._verified[self._first + until] == known and (known or until - chunk < together):
+                until += 1
+            end = min(stop, until * grid.chunk_rows)
+            piece = out[(place - start) * grid.row_bytes : (end - start) * grid.row_bytes]
+            if known:
+                self._copy(piece, place, end)
+            else:
+                self._read_verified(piece, place, end)
+            place = end
 
-    def _read_verified(self, piece: np.ndarray, chunk: int) -> None:
-        """Reads a whole chunk into `piece` and proves it there, where it is hot in the processor's cache."""
-        crc = bytearray(CRC_BYTES)
-        place = chunk * (self._grid.chunk_bytes + CRC_BYTES)
-        read = os.preadv(self._handle, [piece, crc], place)  # type: ignore[list-item]
-        if read < len(piece) + CRC_BYTES:  # a file system may give less; the map gives the rest or a bus error
-            self._verify(chunk)
-            piece[:] = self.bytes[place : place + len(piece)]
-        elif crc_of(piece) != bytes(crc):
-            raise Damaged(self.file, "damaged (the checksum does not match)", chunk + self._first)
-        self._mark(chunk)
+    def _copy(self, out: np.ndarray, start: int, stop: int) -> None:
+        """Copies rows from the map: the end of a chunk, whole chunks by one strided copy, the beginning of one."""
+        grid = self._grid
+        stride, chunk, at = grid.chunk_bytes + CRC_BYTES, start // grid.chunk_rows, 0
+        if start > chunk * grid.chunk_rows:
+            size = (min(stop, (chunk + 1) * grid.chunk_rows) - start) * grid.row_bytes
+            place = start * grid.row_bytes + chunk * CRC_BYTES
+            out[:size] = self.bytes[place : place + size]
+            at, chunk = size, chunk + 1
+        whole = stop // grid.chunk_rows - chunk
+        if whole > 0:
+            size = whole * grid.chunk_bytes
+            chunks = np.ndarray((whole, grid.chunk_bytes), np.uint8, self._map, chunk * stride, (stride, 1))
+            out[at : at + size].reshape(whole, -1)[...] = chunks
+            at, chunk = at + size, chunk + whole
+        if at < len(out):
+            out[at:] = self.bytes[chunk * stride : chunk * stride + len(out) - at]
+
+    def _read_verified(self, out: np.ndarray, start: int, stop: int) -> None:
+        """Reads rows by one system call and proves their chunks: what was read in `out`, where it is hot in the
+        processor's cache, and what the chunks hold before and behind it in the map."""
+        grid = self._grid
+        stride, first, last = grid.chunk_bytes + CRC_BYTES, start // grid.chunk_rows, (stop - 1) // grid.chunk_rows
+        before = (start - first * grid.chunk_rows) * grid.row_bytes
+        behind = ((last + 1) * grid.chunk_rows - stop) * grid.row_bytes
+        pieces, buffers, at = [], [], 0
+        crcs = np.empty((last - first + 1, CRC_BYTES), np.uint8)
+        for number in range(last - first + 1):
+            size = grid.chunk_bytes - (before if number == 0 else 0) - (behind if first + number == last else 0)
+            pieces.append(out[at : at + size])
+            buffers += [pieces[-1], crcs[number]]
+            at += size
+        if behind:
+            buffers.pop()
+        wanted = sum(map(len, buffers))
+        if os.preadv(self._handle, buffers, first * stride + before) < wanted:  # type: ignore[arg-type]
+            # A file system may give less than was asked for.
+            for chunk in range(first, last + 1):
+                self._verify(chunk)
+            self._copy(out, start, stop)
+            return
+        for number, piece in enumerate(pieces):
+            base = (first + number) * stride
+            parts = [self.bytes[base : base + before]] if number == 0 and before else []
+            parts.append(piece)
+            crc = crcs[number]
+            if behind and first + number == last:
+                end = base + grid.chunk_bytes
+                parts.append(self.bytes[end - behind : end])
+                crc = self.bytes[end : end + CRC_BYTES]
+            if crc_of(*parts) != crc.tobytes():
+                raise self._mismatch(first + number)
+            self._mark(first + number)
 
     def _verify(self, chunk: int) -> None:
         if self._verified is None or self._verified[self._first + chunk]:
             return
         place = chunk * (self._grid.chunk_bytes + CRC_BYTES)
-        data = self.bytes[place : place + self._grid.chunk_bytes]
-        crc = self.bytes[place + self._grid.chunk_bytes : place + self._grid.chunk_bytes + CRC_BYTES]
-        if crc_of(data) != crc.tobytes():
-            raise Damaged(self.file, "damaged (the checksum does not match)", chunk + self._first)
+        end = place + self._grid.chunk_bytes
+        if crc_of(self.bytes[place:end]) != self.bytes[end : end + CRC_BYTES].tobytes():
+            raise self._mismatch(chunk)
         self._mark(chunk)
+
+    def _mismatch(self, chunk: int) -> Damaged:
+        return Damaged(self.file, "damaged (the checksum does not match)", chunk + self._first)
 
     def _mark(self, chunk: int) -> None:
         if self._verified is not None:
@@ -385,20 +437,20 @@ class OpenShards:
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._open: dict[Path, ShardReader] = {}
+        self._open: dict[Hashable, ShardReader] = {}
         self._lock = threading.Lock()
 
-    def get(self, file: Path) -> ShardReader | None:
-        """The open file, or None."""
+    def get(self, key: Hashable) -> ShardReader | None:
+        """The open file under a key, or None."""
         with self._lock:
-            found = self._open.pop(file, None)
+            found = self._open.pop(key, None)
             if found is not None:
-                self._open[file] = found
+                self._open[key] = found
             return found
 
-    def put(self, reader: ShardReader) -> None:
+    def put(self, key: Hashable, reader: ShardReader) -> None:
         """Keeps a file open, and lets go of the one that was used longest ago."""
         with self._lock:
-            self._open[reader.file] = reader
+            self._open[key] = reader
             while len(self._open) > self._limit:
                 self._open.pop(next(iter(self._open)))

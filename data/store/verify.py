@@ -18,7 +18,16 @@ import numpy as np
 from kdpipe.data.errors import StoreError
 from kdpipe.data.store.arrays import StoredArray
 from kdpipe.data.store.distributions import Layout
-from kdpipe.data.store.format import ATTRIBUTE, FORMAT, OFFSETS, PART, TOKENS, ArraySpec, starts_name
+from kdpipe.data.store.format import (
+    ATTRIBUTE,
+    FORMAT,
+    OFFSETS,
+    PART,
+    STORED_AS,
+    TOKENS,
+    ArraySpec,
+    starts_name,
+)
 from kdpipe.data.store.metadata import array_names, documents_digest, folder_names
 from kdpipe.data.store.shard import (
     CRC_BYTES,
@@ -179,7 +188,7 @@ class PartCheck:
         return None
 
     def _mismatch(self, attributes: Mapping[str, Any], names: Sequence[str]) -> Damage:
-        """The damage where the digest of the metadata does not match: in the file that contradicts the bytes of arrays."""
+        """The damage where the digest of the metadata does not match: in the file that contradicts arrays' bytes."""
         for name, document in self._documents.items():
             try:
                 fits = self._fits(name, attributes) if name in names else document == group_document()
@@ -237,7 +246,7 @@ class PartCheck:
     def _check_bytes(self, name: str, told: Told) -> Iterator[Damage]:
         grid, spec, folder = self._grids[name], self._specs[name], self.part / name
         verified = np.zeros(-(-grid.rows // grid.chunk_rows), bool)
-        in_shard = grid.chunk_rows * grid.per_shard
+        stored, in_shard = np.dtype(STORED_AS[spec.dtype]), grid.chunk_rows * grid.per_shard
         for number in range(-(-grid.rows // in_shard)):
             file, first = shard_file(folder, number, len(spec.width)), number * in_shard
             rows = min(in_shard, grid.rows - first)
@@ -252,19 +261,18 @@ class PartCheck:
             for start in range(0, rows, grid.chunk_rows):
                 stop = min(start + grid.chunk_rows, rows)
                 try:
-                    data = shard.view(start, stop)
+                    values = shard.view(start, stop, stored, spec.width)
                 except Damaged as error:
                     units = self._units_at(spec, first + start, first + stop)
                     yield self.damage(file, f"{error.what[:-1]}, chunk {error.chunk})", units)
                     continue
-                assert data is not None
-                values = data.view(self._documents[name]["data_type"]).reshape(stop - start, *spec.width)
+                assert values is not None
                 bad = infinite(name, spec.dtype, values)
                 if bad is not None:
                     at = first + start + int(np.flatnonzero(bad)[0])
                     units = self._units_at(spec, at, at + 1)
                     yield self.damage(file, f"holds a value that is not finite (row {at} of {name})", units)
-                told(len(data))
+                told(values.nbytes)
 
     def _check_offsets(self) -> Iterator[Damage]:
         assert self.attributes is not None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,25 +16,13 @@ import torch
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.manifest import Sample
 from kdpipe.data.store.codec import Fidelity, decode_states, encode_tensors
-from kdpipe.data.store.distributions import Layout
-from kdpipe.data.store.format import (
-    TOP,
-    ArraySpec,
-    hidden_attributes,
-    hidden_prefix,
-    hidden_specs,
-    is_low_rank,
-    lens_prefix,
-    under,
-)
+from kdpipe.data.store.format import TOP, hidden_prefix, lens_prefix, under
 from kdpipe.stages.base import Wanted
-from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.draws import uniforms
 from kdpipe.stages.cache_teachers.head import distribution
-from kdpipe.stages.config import TeachersConfig
+from kdpipe.stages.cache_teachers.shape import Shape
 from kdpipe.stages.models.inputs import Batch, Example
 from kdpipe.stages.models.loaded import LoadedModel
-from kdpipe.stages.models.vocabulary import Alignment
 
 FIDELITY_ROWS = 256
 """Rows of a layer, evenly spaced, on which a codec is measured in each forward pass."""
@@ -58,93 +45,6 @@ class Job:
     example: Example
     cover: Mapping[str, Any]
     tower: int = 0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What each unit of a part holds, known before its first batch.
-
-    Attributes:
-        config: the `teachers` section.
-        cover: `k`, `mass`, `min_k`, `temperatures` and `draws` for distributions, `lens` and `hidden` layers.
-        width: of the teacher.
-        layers: of the teacher.
-        alignment: ids to normalize over; None where there are states alone.
-        bases: float16 [r, H] by layer, for the low-rank codecs.
-    """
-
-    config: TeachersConfig
-    cover: Mapping[str, Any]
-    width: int
-    layers: int
-    alignment: Alignment | None
-    bases: Mapping[int, np.ndarray]
-
-    @cached_property
-    def layout(self) -> Layout | None:
-        """How its distributions are stored; None without."""
-        cover = self.cover
-        if not cover.get("k"):
-            return None
-        assert self.alignment is not None
-        return Layout(
-            k=cover["k"],
-            kept=min(cover["k"], self.alignment.valid - len(self.alignment.masked)),
-            temperatures=tuple(cover["temperatures"]),
-            block_bounds=block_bounds(self.alignment.valid, self.config.tail_blocks),
-            logprob=self.config.logprob_dtype,
-            mass=None if cover["mass"] >= 1 else cover["mass"],
-            min_k=cover["min_k"],
-            draws=cover.get("draws"),
-        )
-
-    @property
-    def lens(self) -> Sequence[int]:
-        """Inner layers whose lens distributions are wanted."""
-        return self.cover.get("lens", [])
-
-    @property
-    def hidden(self) -> Sequence[int]:
-        """Layers whose states are wanted."""
-        return self.cover.get("hidden", [])
-
-    @property
-    def prefixes(self) -> list[str]:
-        """Of its distributions."""
-        return [TOP, *map(lens_prefix, self.lens)] if self.layout is not None else []
-
-    @property
-    def _rank(self) -> int:
-        return self.config.rank if is_low_rank(self.config.states) else 0
-
-    @property
-    def arrays(self) -> list[ArraySpec]:
-        """All arrays."""
-        made: list[ArraySpec] = []
-        for prefix in self.prefixes:
-            assert self.layout is not None
-            made += self.layout.specs(prefix)
-        for layer in self.hidden:
-            made += hidden_specs(layer, self.width, self.config.states, self._rank)
-        return made
-
-    @property
-    def constants(self) -> dict[str, np.ndarray]:
-        """Arrays of the part as a whole."""
-        return {f"{hidden_prefix(layer)}/basis": self.bases[layer] for layer in self.hidden if layer in self.bases}
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Attributes of the part."""
-        made: dict[str, Any] = {"teacher": {"layers": self.layers, "width": self.width}}
-        if self.layout is not None:
-            assert self.alignment is not None
-            made |= self.layout.attributes()
-            made["alignment"] = {"valid": self.alignment.valid, "masked": list(self.alignment.masked)}
-            made["blocks"] = "geometric"
-        if self.hidden:
-            made |= hidden_attributes(codec=self.config.states, layers=self.hidden, width=self.width, rank=self._rank)
-        return made
 
 
 class Scribe:

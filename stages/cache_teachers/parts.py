@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from kdpipe.data.errors import StoreError
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger, Reject, Row
 from kdpipe.data.manifest import Sample
 from kdpipe.data.store.format import FORMAT, ArraySpec
+from kdpipe.data.store.metadata import part_rows
 from kdpipe.data.store.writer import PartWriter
-from kdpipe.stages.base import Context, Wanted
+from kdpipe.stages.base import Context, Wanted, covers
 
 
 class PartBuilder:
@@ -102,12 +104,38 @@ class PartBuilder:
         """
         self._ctx.recheck(samples)
         if not self._units:
-            self._ledger.commit(rejects=rejects)
+            self._ledger.commit(rejects=rejects, soon=True)
             return
         self._writer.close(attributes)
         name = digest([FORMAT, self._source, sorted(self._units), self._cover])[:16] + ".zarr"
         rows = [replace(row, part=name) for row in self._rows]
-        self._ledger.commit(rows, rejects=rejects, built={name: self._path})
+        self._ledger.commit(rows, rejects=rejects, built={name: self._path}, soon=True)
+
+
+def adopt(ledger: Ledger, todo: Sequence[Wanted]) -> list[Wanted]:
+    """Takes in parts that are there without rows, as after a crash before the manifest was written.
+
+    Args:
+        ledger: of the stage.
+        todo: what is to be made.
+
+    Returns:
+        What is left to be made.
+    """
+    wanted = {(want.id, want.source): want for want in todo}
+    found: dict[tuple[str, str], Row] = {}
+    for path in ledger.unreferenced_parts():
+        try:
+            rows = part_rows(path)
+        except StoreError:
+            continue
+        for row in rows:
+            want = wanted.get((row.id, row.source))
+            if want is not None and row.key == want.key and covers(row.cover, want.cover):
+                found[row.id, row.source] = row
+    if found:
+        ledger.commit(found.values())
+    return [want for want in todo if (want.id, want.source) not in found]
 
 
 @contextmanager

@@ -17,8 +17,9 @@ import numpy as np
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.manifest import Sample
 from kdpipe.stages.base import Context
-from kdpipe.stages.cache_teachers.capture import Job, Shape
+from kdpipe.stages.cache_teachers.capture import Job
 from kdpipe.stages.cache_teachers.parts import PartBuilder, building
+from kdpipe.stages.cache_teachers.shape import Shape
 
 _WAITING = 2
 

@@ -19,6 +19,7 @@ from kdpipe.data.stream import prefetch
 from kdpipe.stages.base import Context, Wanted, covers
 from kdpipe.stages.cache_teachers.capture import Job
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
+from kdpipe.stages.cache_teachers.shape import together
 from kdpipe.stages.cache_teachers.stage import STAGE, UPSTREAM
 from kdpipe.stages.cache_teachers.targets import THREADS, make_targets, refuse_long
 from kdpipe.stages.cache_teachers.teach import Task, Teacher, write_served
@@ -28,7 +29,7 @@ from kdpipe.stages.textualize.table import read_traces
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What all sources share.
 
     Attributes:
@@ -50,11 +51,11 @@ class _Work:
     store: Store
 
     @staticmethod
-    def of(ctx: Context) -> _Work:
+    def of(ctx: Context) -> Work:
         ledger = ctx.ledger(STAGE.name)
         samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
         places = {sample: place for place, sample in enumerate(samples)}
-        return _Work(ctx, ledger, ctx.ledger(UPSTREAM), requirements(ctx), samples, places, Store(ledger.parts, ledger))
+        return Work(ctx, ledger, ctx.ledger(UPSTREAM), requirements(ctx), samples, places, Store(ledger.parts, ledger))
 
 
 def run(ctx: Context, todo: Sequence[Wanted]) -> None:
@@ -67,12 +68,12 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
     Raises:
         KdpipeError: a model cannot be loaded, the tokenizers disagree, or an input changed meanwhile.
     """
-    work = _Work.of(ctx)
+    work = Work.of(ctx)
     ledger, needs = work.ledger, work.needs
     wants: dict[str, list[Wanted]] = {source: [] for source in needs.sources}
     for want in todo:
         wants[want.source].append(want)
-    make_targets(ctx, ledger, needs, wants["targets"], work.samples, work.traces)
+    make_targets(work.ctx, ledger, needs, wants["targets"], work.samples, work.traces)
     later = {
         source: [want for want in asked if ledger.get(want.id, "targets") is not None]
         for source, asked in wants.items()
@@ -81,29 +82,16 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
         _textual(work, later["textual"])
     if later.get("acoustic") or later.get("acoustic_top"):
         _acoustic(work, later.get("acoustic", []), later.get("acoustic_top", []))
-    known = {row.id for row in work.traces.rows()} & work.samples.keys()
-    rejected = {r.id for r in ledger.rejects() if r.source in needs.sources} & known
-    ctx.say(f"cache-teachers: {len(known) - len(rejected)} samples are cached, {len(rejected)} rejected")
 
 
-def _textual(work: _Work, wants: Sequence[Wanted]) -> None:
+def _textual(work: Work, wants: Sequence[Wanted]) -> None:
     folder, asks = work.needs.textual, work.ctx.config.teachers.textual
     assert folder is not None
     encoder = Encoder(folder)
 
     def build(wants: Sequence[Wanted]) -> list[Job]:
         traces = read_traces(work.traces, {want.id for want in wants})
-
-        def one(want: Wanted) -> Job:
-            sample, description = work.samples[want.id], traces[want.id].description
-            refuse_special((sample.question, *sample.choices, description), encoder.special)
-            text = encoder.prompt_text(
-                fill(asks.prompt, sample, description), system=asks.system, **asks.chat_template_kwargs
-            )
-            example = _with_targets(work, sample, encoder.prompt_ids(text))
-            return Job((want,), (sample,), example, _kept_too(work, [want]))
-
-        return _build_all(work, wants, one)
+        return _build_all(work, wants, lambda want: read_job(work, encoder, want, traces[want.id].description))
 
     task = Task("textual", wants, "response", build)
     if asks.engine == "vllm":
@@ -113,45 +101,76 @@ def _textual(work: _Work, wants: Sequence[Wanted]) -> None:
         teacher.write(task)
 
 
-def _acoustic(work: _Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) -> None:
-    folder, student = work.needs.acoustic, work.ctx.config.student
+def _acoustic(work: Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) -> None:
+    folder = work.needs.acoustic
     assert folder is not None
     encoder = Encoder(folder)
-
-    def job(wants: Sequence[Wanted], example: Example) -> Job:
-        tower = sum(encoder.tower_positions(frames) for frames in _frames(work, wants[0].id))
-        samples = tuple(work.samples[want.id] for want in wants)
-        return Job(tuple(wants), samples, example, _kept_too(work, wants), tower)
-
-    def hear(wants: Sequence[Wanted]) -> Job:
-        first = wants[0]
-        frames = _frames(work, first.id)
-        prompt_ids = encoder.prompt_ids(_audio_prefix(encoder, student.system, len(frames)), frames)
-        return job(wants, Example(first.key, np.array(prompt_ids, np.int32)))
-
-    def answer(want: Wanted) -> Job:
-        sample, frames = work.samples[want.id], _frames(work, want.id)
-        text = encoder.prompt_text(fill(student.prompt, sample), system=student.system, clips=len(frames))
-        return job([want], _with_targets(work, sample, encoder.prompt_ids(text, frames)))
 
     def build_heard(wants: Sequence[Wanted]) -> list[Job]:
         by_key: dict[str, list[Wanted]] = {}
         for want in _link_known(work, wants):
             by_key.setdefault(want.key, []).append(want)
-        return _build_all(work, list(by_key.values()), hear)
+        return _build_all(work, list(by_key.values()), lambda wants: hear_job(work, encoder, wants))
 
     def build_answered(wants: Sequence[Wanted]) -> list[Job]:
-        return _build_all(work, wants, answer)
+        return _build_all(work, wants, lambda want: answer_job(work, encoder, want))
 
     def features(job: Job) -> Example:
-        return replace(job.example, features=_features(work.ctx, encoder, job.samples[0]))
+        return with_features(work, encoder, job)
 
     with Teacher(work.ctx, work.ledger, work.needs, folder, encoder, work.places) as teacher:
         teacher.write(Task("acoustic", heard, "audio", build_heard, features))
         teacher.write(Task("acoustic_top", answered, "response", build_answered, features))
 
 
-def _build_all(work: _Work, items: Sequence[Any], build: Callable[[Any], Job]) -> list[Job]:
+def read_job(work: Work, encoder: Encoder, want: Wanted, description: str) -> Job:
+    """What the teacher that reads makes of a sample.
+
+    Raises:
+        Rejected: `special_token_in_text` or `too_long`.
+    """
+    sample, asks = work.samples[want.id], work.ctx.config.teachers.textual
+    refuse_special((sample.question, *sample.choices, description), encoder.special)
+    text = encoder.prompt_text(fill(asks.prompt, sample, description), system=asks.system, **asks.chat_template_kwargs)
+    example = _with_targets(work, sample, encoder.prompt_ids(text))
+    return Job((want,), (sample,), example, _kept_too(work, [want]))
+
+
+def hear_job(work: Work, encoder: Encoder, wants: Sequence[Wanted]) -> Job:
+    """What the teacher that hears makes of the clips that samples share, all under one key."""
+    first, system = wants[0], work.ctx.config.student.system
+    frames = _frames(work, first.id)
+    prompt_ids = encoder.prompt_ids(_audio_prefix(encoder, system, len(frames)), frames)
+    return _heard(work, encoder, wants, Example(first.key, np.array(prompt_ids, np.int32)))
+
+
+def answer_job(work: Work, encoder: Encoder, want: Wanted) -> Job:
+    """What the teacher that hears makes of a sample's response.
+
+    Raises:
+        Rejected: `too_long`.
+    """
+    sample, student, frames = work.samples[want.id], work.ctx.config.student, _frames(work, want.id)
+    text = encoder.prompt_text(fill(student.prompt, sample), system=student.system, clips=len(frames))
+    return _heard(work, encoder, [want], _with_targets(work, sample, encoder.prompt_ids(text, frames)))
+
+
+def with_features(work: Work, encoder: Encoder, job: Job) -> Example:
+    """The example of a job with the features of its clips.
+
+    Raises:
+        KdpipeError: a clip cannot be read any more.
+    """
+    return replace(job.example, features=_features(work.ctx, encoder, job.samples[0]))
+
+
+def _heard(work: Work, encoder: Encoder, wants: Sequence[Wanted], example: Example) -> Job:
+    tower = sum(encoder.tower_positions(frames) for frames in _frames(work, wants[0].id))
+    samples = tuple(work.samples[want.id] for want in wants)
+    return Job(tuple(wants), samples, example, _kept_too(work, wants), tower)
+
+
+def _build_all(work: Work, items: Sequence[Any], build: Callable[[Any], Job]) -> list[Job]:
     """Builds the jobs in threads; what cannot be built is recorded as rejected."""
 
     def attempt(item: Any) -> Job | list[Reject]:
@@ -169,11 +188,11 @@ def _build_all(work: _Work, items: Sequence[Any], build: Callable[[Any], Job]) -
         else:
             rejects += made
     if rejects:
-        work.ledger.commit(rejects=rejects)
+        work.ledger.commit(rejects=rejects, soon=True)
     return jobs
 
 
-def _with_targets(work: _Work, sample: Sample, prompt_ids: Sequence[int]) -> Example:
+def _with_targets(work: Work, sample: Sample, prompt_ids: Sequence[int]) -> Example:
     part, row = work.store.get(sample.id, "targets")
     ids = part.read(row, [TARGET_IDS])[TARGET_IDS]
     refuse_long(len(prompt_ids), len(ids), work.ctx.config.teachers.max_length)
@@ -181,7 +200,7 @@ def _with_targets(work: _Work, sample: Sample, prompt_ids: Sequence[int]) -> Exa
     return Example(sample.id, np.array(prompt_ids, np.int32), ids.astype(np.int32))
 
 
-def _frames(work: _Work, sample: str) -> Sequence[int]:
+def _frames(work: Work, sample: str) -> Sequence[int]:
     part, row = work.store.get(sample, "targets")
     return part.units[row]["frames"]
 
@@ -221,27 +240,15 @@ def _audio_prefix(encoder: Encoder, system: str | None, clips: int) -> str:
     return prefixes.pop()
 
 
-def _kept_too(work: _Work, wants: Sequence[Wanted]) -> dict[str, Any]:
-    """What wants of one key ask for, and what the rows to be replaced hold: another run may use that.
-
-    Only draws are given up for others: a unit has room for one number of them beside one k.
-    """
+def _kept_too(work: Work, wants: Sequence[Wanted]) -> dict[str, Any]:
+    """What wants of one key ask for, and what the rows to be replaced hold: another run may use that."""
     rows = [work.ledger.get(want.id, want.source) for want in wants]
     held = [row.cover for row in rows if row is not None and row.key == wants[0].key]
-    merged: dict[str, Any] = {}
-    for cover in [*held, *(want.cover for want in wants)]:
-        for name, value in cover.items():
-            have = merged.get(name)
-            if isinstance(value, list):
-                merged[name] = sorted({*(have or []), *value})
-            else:
-                merged[name] = value if isinstance(value, Mapping) else max(have or 0, value)
-    if merged.get("mass", 0) >= 1:
-        merged["min_k"] = merged["k"]
-    return merged
+    # In one order, since what the ledger gives back is sorted: the same work gives the same bytes.
+    return dict(sorted(together([*held, *(want.cover for want in wants)]).items()))
 
 
-def _link_known(work: _Work, wants: Sequence[Wanted]) -> list[Wanted]:
+def _link_known(work: Work, wants: Sequence[Wanted]) -> list[Wanted]:
     """Points wants at units that other samples with the same clips have already; gives those that are left."""
     asked, lost = {want.key for want in wants}, work.ledger.lost_parts()
     known: dict[str, Row] = {
@@ -258,5 +265,5 @@ def _link_known(work: _Work, wants: Sequence[Wanted]) -> list[Wanted]:
             left.append(want)
     if rows:
         work.ctx.recheck([work.samples[row.id] for row in rows])
-        work.ledger.commit(rows)
+        work.ledger.commit(rows, soon=True)
     return left

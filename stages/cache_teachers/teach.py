@@ -26,19 +26,18 @@ from kdpipe.data.store.format import TOP, is_low_rank, under
 from kdpipe.data.stream import prefetch
 from kdpipe.stages.base import Context, Wanted
 from kdpipe.stages.cache_teachers.basis import SAMPLES, fit_bases, known_bases
-from kdpipe.stages.cache_teachers.capture import Job, Scribe, Shape, batches
+from kdpipe.stages.cache_teachers.capture import Job, Scribe, batches
+from kdpipe.stages.cache_teachers.cost.speed import record_speed
 from kdpipe.stages.cache_teachers.record import Recorder
 from kdpipe.stages.cache_teachers.requirements import Requirements
 from kdpipe.stages.cache_teachers.served import ServedTeacher, serve
+from kdpipe.stages.cache_teachers.shape import WINDOW_PARTS, Shape
 from kdpipe.stages.cache_teachers.targets import THREADS
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Batch, Encoder, Example
 from kdpipe.stages.models.loaded import LoadedModel
 from kdpipe.stages.models.parallel import open_teacher
 from kdpipe.stages.progress import progress
-
-WINDOW_PARTS = 16
-"""Parts whose samples are sorted by length together."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +119,18 @@ class Teacher:
             Recorder(self._ctx, self._ledger, task.source) as recorder,
         ):
             for window in windows(task.wants, self._places, self._config.part_samples):
-                before = time.perf_counter()
                 jobs = task.build(window)
-                for part in parts(jobs, self._config.part_samples):
-                    self._write_part(task, part, recorder, bar)
-                recorder.wait()
                 bar.update(len(window) - sum(len(job.wants) for job in jobs))
-                self._note(task.source, jobs, time.perf_counter() - before)
+                seconds = 0.0
+                for part in parts(jobs, self._config.part_samples):
+                    shape = self._shape(task, part[0], recorder)
+                    before = time.perf_counter()
+                    self._write_part(task, part, shape, recorder, bar)
+                    seconds += time.perf_counter() - before
+                recorder.wait()
+                _note(self._ctx, self._folder, task.source, jobs, seconds)
 
-    def _write_part(self, task: Task, jobs: Sequence[Job], recorder: Recorder, bar: tqdm) -> None:
-        shape = self._shape(task, jobs[0], recorder)
+    def _write_part(self, task: Task, jobs: Sequence[Job], shape: Shape, recorder: Recorder, bar: tqdm) -> None:
         scribe = Scribe(self.loaded, shape, task.over)
         recorder.begin(shape)
         with closing(self._batches(task, jobs)) as ready:
@@ -167,8 +168,21 @@ class Teacher:
             seen = (batch for _, batch in self._batches(task, jobs))
             self._bases |= fit_bases(self.loaded, seen, missing, task.over, self._config.rank, self._ctx.say)
 
-    def _note(self, source: str, jobs: Sequence[Job], seconds: float) -> None:
-        """Remembers how fast this was, for estimates."""
+
+def _note(ctx: Context, folder: ModelFolder, source: str, jobs: Sequence[Job], seconds: float) -> None:
+    """Remembers how fast a teacher was, for estimates."""
+    if jobs:
+        record_speed(
+            ctx,
+            source,
+            folder,
+            tokens=sum(job.example.length for job in jobs),
+            seconds=seconds,
+            head_rows=sum(
+                len(job.example.target_ids) * (1 + len(job.cover.get("lens", []))) for job in jobs if job.cover.get("k")
+            ),
+            tower=sum(job.tower for job in jobs),
+        )
 
 
 def write_served(
@@ -194,9 +208,10 @@ def write_served(
         for window in windows(task.wants, places, config.part_samples):
             jobs = task.build(window)
             bar.update(len(window) - len(jobs))
+            before = time.perf_counter()
             for part in parts(jobs, config.part_samples):
                 if served is None:
-                    served = stack.enter_context(serve(folder, config, needs.alignment, k))
+                    served, before = stack.enter_context(serve(folder, config, needs.alignment, k)), time.perf_counter()
                 shape = Shape(config, part[0].cover, folder.width, folder.layers, needs.alignment, {})
                 recorder.begin(shape)
                 for job, (_, made) in zip(part, served(job.example for job in part), strict=True):
@@ -204,6 +219,7 @@ def write_served(
                     bar.update()
                 recorder.commit([], dict)
             recorder.wait()
+            _note(ctx, folder, task.source, jobs, time.perf_counter() - before)
 
 
 def _encoded(shape: Shape, made: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

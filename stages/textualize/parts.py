@@ -93,9 +93,7 @@ class Parts:
             self.ledger.commit(rows, rejects=part.rejects, built=built)
 
 
-def read_records(
-    ledger: Ledger, samples: Collection[str] | None = None
-) -> Iterator[tuple[Row, dict[str, Any]]]:
+def read_records(ledger: Ledger, samples: Collection[str] | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Rows of a ledger whose parts are Parquet tables, each with its record; ordered by part and place.
 
     Args:

@@ -30,7 +30,7 @@ from fidelity_cases import miniature_teacher, zipf_teacher
 from fidelity_forms import FORMS, Form, Student, Teacher
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.stages.train.losses import Divergence, TeacherRows, head_terms, linear_loss
+from kdpipe.stages.train.losses import Distribution, Divergence, TeacherRows, head_terms, linear_loss
 
 BUDGETS = {
     "forward KL": (20, 30, 50, 100, 150, 200, 300, 500),
@@ -61,18 +61,26 @@ def weight_gradient(teacher: Teacher, student: Student, form: Form, k: int, dive
             given = replace(given, logprob=given.logprob.log_softmax(1), log_tail=nothing)
         if form.kind in ("sampled", "hybrid"):
             divergence = Divergence("sampled_ce")
-        bounds = teacher.bounds(form)
-        rows = slice(0, len(given.ids))
-        no_labels = torch.full((len(given.ids),), -1)
-        head_terms(
-            student.hidden_NH,
-            weight_VH,
-            no_labels,
-            [TeacherRows(rows, given)],
-            divergence=divergence,
-            blocks=bounds[:-1] if len(bounds) > 2 else None,
-            **ids,
-        ).loss.backward()
+        return outcomes_gradient(teacher, student, given, teacher.bounds(form), divergence)
+    assert weight_VH.grad is not None
+    return weight_VH.grad
+
+
+def outcomes_gradient(
+    teacher: Teacher, student: Student, given: Distribution, bounds: Sequence[int], divergence: Divergence
+) -> torch.Tensor:
+    """Gradient [V, H] of the summed divergence for the student's head, from kept entries and tails of blocks."""
+    weight_VH = student.weight_VH.detach().requires_grad_()
+    head_terms(
+        student.hidden_NH,
+        weight_VH,
+        torch.full((len(given.ids),), -1),
+        [TeacherRows(slice(0, len(given.ids)), given)],
+        divergence=divergence,
+        blocks=bounds[:-1] if len(bounds) > 2 else None,
+        valid_vocab=teacher.alignment.valid,
+        masked_ids=teacher.alignment.masked,
+    ).loss.backward()
     assert weight_VH.grad is not None
     return weight_VH.grad
 

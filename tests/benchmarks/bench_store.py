@@ -110,7 +110,7 @@ def environment(venv: Path) -> str:
     python = venv / "bin" / "python"
     if not (venv / "complete").exists():
         click.echo(f"making {venv}", err=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEERS], check=True, stdout=sys.stderr)
         subprocess.run([str(python), wheels.__file__], check=True, stdout=sys.stderr)
         (venv / "complete").touch()
@@ -262,7 +262,7 @@ def machine(peers: str | None) -> dict[str, str]:
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where to write, e.g. another disk; about eight times --gib.  [default: the system's temporary folder]",
+    help="Where to write, e.g. another disk; about six times --gib.  [default: the system's temporary folder]",
 )
 @click.option("--quick", is_flag=True, help="A few MB and two rounds: whether it runs, not how fast.")
 @click.option(

@@ -62,7 +62,7 @@ class Form:
     cut: Literal["geometric", "mass"] = "geometric"
 
     def packed_bytes(self, k: int, vocabulary: int) -> float:
-        """Bytes with ids in as few bits as they need and float16 tails; `threshold` has 1 for the number of entries."""
+        """Bytes as format 2 of the store has them; `threshold` has 1 for the number of entries."""
         id_bytes = math.ceil(math.log2(vocabulary)) / 8
         match self.kind:
             case "renormalized" | "renormalized_both" | "renormalized_zero":
@@ -79,7 +79,7 @@ class Form:
                 return k * (id_bytes + 2) + 4 + 2 * self.blocks + 1
 
     def stored_bytes(self, k: int) -> float | None:
-        """Bytes in format 1 of the store, with uint32 ids and float32 tails; None for what it cannot keep yet."""
+        """Bytes in format 1 of the store, with uint32 ids and float32 tails; None for what it could not keep."""
         match self.kind:
             case "renormalized" | "renormalized_both" | "renormalized_zero":
                 return 6 * k

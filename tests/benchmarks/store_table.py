@@ -51,10 +51,14 @@ def _ratio(slower: Result | None, faster: Result | None) -> float | None:
     return median(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def _goal(value: float | None, goal: float | None, *, least: bool = True) -> str:
     if goal is None or value is None:
         return ""
-    return f"{'≥' if least else '≤'} {goal:g}: {'met' if (value >= goal) == least or value == goal else 'short'}"
+    return f"{'≥' if least else '≤'} {goal:g}: {'met' if (value >= goal if least else value <= goal) else 'short'}"
 
 
 def table(rows: list[dict[str, Any]], small: list[dict[str, Any]]) -> str:
@@ -73,10 +77,10 @@ def table(rows: list[dict[str, Any]], small: list[dict[str, Any]]) -> str:
                 lines.append(f"| {row['title']} | {why} |" + " |" * (len(head) - 2))
                 continue
             same = {True: "yes", False: "NO", None: ""}[row["same"]]
-            cells = [row["title"], f"{row['median']:.2f}", f"{row['best']:.2f}", f"{row['ratio'] or 0:.2f}"]
+            cells = [row["title"], *(_number(row[name]) for name in ("median", "best", "ratio"))]
             cells += [row["base"], _goal(row["ratio"], row["goal"]), same]
             if read_columns:
-                cells += [f"{row[name]:.2f}" if row[name] else "" for name in ("of_memmap_anew", "ours", "ours_ahead")]
+                cells += [_number(row[name]) for name in ("of_memmap_anew", "ours", "ours_ahead")]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
         if kept := max(row["resident"] for row in chosen):

@@ -137,7 +137,6 @@ def test_everyone_reads_the_same_bytes_of_a_store(tmp_path):
         else:
             files = {"files-0", "files-2"} if order == "sequential" else set()
             assert rows.keys() == files | {"preadv-0", "preadv-2", "memmap-0", "kdpipe-crc-0", "kdpipe-crc-2"}
-            assert all(row["resident"] < 0.5 for row in rows.values())
     assert {row["case"] for row in content["small"]} == STORE_ROWS
     assert all(row["same"] and min(row["micros"]) > 0 for row in content["small"])
-    assert shown.count("met") + shown.count("short") == 13, "a verdict for each goal"
+    assert shown.count(": met |") + shown.count(": short |") == 14, "a verdict for each goal"

@@ -437,3 +437,33 @@ def test_texts_of_any_kind_survive(place):
     ledger.commit([odd], rejects=[Reject("ö", "trace", "k", "r", "zwei\nZeilen")])
     rows, rejects = state(Ledger(*place))
     assert list(rows.values()) == [odd] and rejects["ö", "trace"].detail == "zwei\nZeilen"
+
+
+def test_a_manifest_that_may_wait_is_written_when_it_is_worth_it_and_by_flush(tmp_path: Path, monkeypatch):
+    ledger = Ledger(tmp_path / "stage", tmp_path / "tmp")
+    now = [100.0]
+    monkeypatch.setattr("kdpipe.data.ledger.time.monotonic", lambda: now[0])
+    ledger.commit([row(1, "p")], soon=True)
+    assert stored(tmp_path) == {"s1"}, "the first is written at once"
+    ledger._cost = 1.0
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    (tmp_path / "tmp" / "built").write_text("x")
+    ledger.commit([row(2, "p")], built={"part-b": tmp_path / "tmp" / "built"}, soon=True)
+    assert stored(tmp_path) == {"s1"} and ledger.get("s2", "trace") is not None
+    assert (ledger.parts / "part-b").exists(), "parts are in place at once"
+    now[0] += 21
+    ledger.commit([row(3, "p")], soon=True)
+    assert stored(tmp_path) == {"s1", "s2", "s3"}
+    ledger._cost = 1.0
+    ledger.commit(rejects=[Reject("d", "trace", "k", "bad", "no")], soon=True)
+    assert Ledger(tmp_path / "stage", tmp_path / "tmp").rejected("d", "trace") is None
+    ledger.flush()
+    assert Ledger(tmp_path / "stage", tmp_path / "tmp").rejected("d", "trace") is not None
+    ledger._cost = 1.0
+    ledger.commit([row(4, "p")], soon=True)
+    ledger.commit([row(5, "p")])
+    assert stored(tmp_path) == {"s1", "s2", "s3", "s4", "s5"}, "a commit that may not wait writes what waited too"
+
+
+def stored(tmp_path: Path) -> set[str]:
+    return {found.id for found in Ledger(tmp_path / "stage", tmp_path / "tmp").rows()}

@@ -14,10 +14,9 @@ import pytest
 from kdpipe.data.audio import decode
 from kdpipe.data.store.format import ArraySpec, hidden_specs
 from kdpipe.data.store.shard import ArrayWriter
-from kdpipe.stages.cache_teachers import lengths
-from kdpipe.stages.cache_teachers.estimate import WINDOW_PARTS, Estimate, Line, estimate
-from kdpipe.stages.cache_teachers.sizes import array_bytes, cut
-from kdpipe.stages.cache_teachers.teach import WINDOW_PARTS as OF_THE_TEACHER
+from kdpipe.stages.cache_teachers.cost import lengths
+from kdpipe.stages.cache_teachers.cost.estimate import Estimate, Line, estimate
+from kdpipe.stages.cache_teachers.cost.sizes import array_bytes, cut
 from kdpipe.stages.config import LayersConfig, WeightsConfig
 from kdpipe.stages.models.inputs import Encoder
 
@@ -163,7 +162,6 @@ def test_parts_do_not_cross_windows() -> None:
     assert units.tolist() == [2, 1, 2, 1] and tokens.tolist() == [3, 3, 15, 9]
     units, tokens = cut(np.array([3, 1, 2]), 2)
     assert units.tolist() == [2, 1] and tokens.tolist() == [4, 2]
-    assert WINDOW_PARTS == OF_THE_TEACHER
 
 
 def test_a_sample_is_spread_over_all() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdpipe.stages.cache_teachers.planning import LAYOUTS, STUDENT, TEACHER, fill_page, tables
+from kdpipe.stages.cache_teachers.cost.planning import LAYOUTS, STUDENT, TEACHER, fill_page, tables
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "planning.md"
 
@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "planning.md"
 def test_its_tables_are_those_of_the_code():
     page = PAGE.read_text(encoding="utf-8")
     assert all(made in page for made in tables().values())
-    assert fill_page(page) == page, "run `python -m kdpipe.stages.cache_teachers.planning docs/planning.md`"
+    assert fill_page(page) == page, "run `python -m kdpipe.stages.cache_teachers.cost.planning docs/planning.md`"
 
 
 def test_bytes_of_a_token_by_hand():

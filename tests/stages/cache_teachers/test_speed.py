@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kdpipe.stages.cache_teachers import speed
-from kdpipe.stages.cache_teachers.estimate import estimate
-from kdpipe.stages.cache_teachers.speed import Work, device_name, duration, parameters, record_speed
+from kdpipe.stages.cache_teachers.cost import speed
+from kdpipe.stages.cache_teachers.cost.estimate import estimate
+from kdpipe.stages.cache_teachers.cost.speed import Work, device_name, duration, parameters, record_speed
 from kdpipe.stages.models.loaded import load_model
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kdpipe.data.errors import KdpipeError
+from kdpipe.data.ledger import Ledger
 from kdpipe.data.store.distributions import Layout
 from kdpipe.stages.base import Wanted
 from kdpipe.stages.cache_teachers import record, teach
@@ -187,6 +188,26 @@ def test_an_error_of_the_writing_thread_ends_the_run_and_keeps_what_was_committe
     assert len(done) == 6 and not list((tmp_path / "tmp").glob("*.zarr"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kdpipe-write")]
     run.bring_up()
+
+
+def test_parts_that_a_crash_left_without_rows_are_taken_in(begin, rows, tmp_path, monkeypatch):
+    """The manifest is written seldom while parts are made; what `kill -9` leaves between is not made again."""
+    run = begin(tmp_path, rows=many(rows, 12), weights=TOP_ONLY, k=4, part_samples=3)
+    plan = run.plan()
+    with monkeypatch.context() as patch:
+        patch.setattr("kdpipe.data.ledger._REST", 1e9)
+        patch.setattr(Ledger, "flush", lambda self: None)
+        STAGE.run(run.ctx, plan.todo)
+    left = run.ledger
+    assert len(left.unreferenced_parts()) == 7 and len(list(left.rows())) == 3, "only the first commit was written"
+    (left.unreferenced_parts()[0] / "zarr.json").write_text("torn")
+    made = []
+    monkeypatch.setattr(
+        teach.Recorder, "begin", lambda self, shape, real=teach.Recorder.begin: made.append(1) or real(self, shape)
+    )
+    run.bring_up()
+    assert len(made) <= 1 and len(list((tmp_path / "cache-teachers" / "parts").iterdir())) == 8
+    assert len(list(run.ledger.rows())) == 24 and not run.ledger.unreferenced_parts()
 
 
 @pytest.mark.vllm

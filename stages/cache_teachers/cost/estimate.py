@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from kdpipe.stages.base import Context, StagePlan, Wanted, covers
-from kdpipe.stages.cache_teachers.lengths import (
+from kdpipe.stages.cache_teachers.cost.contents import Basis, least, part_shape, teacher_of
+from kdpipe.stages.cache_teachers.cost.lengths import (
     Lengths,
     audio_lengths,
     evenly,
@@ -22,13 +23,10 @@ from kdpipe.stages.cache_teachers.lengths import (
     response_lengths,
     text_prompt_tokens,
 )
+from kdpipe.stages.cache_teachers.cost.sizes import cut, ledger_bytes, part_bytes, unit_entry
+from kdpipe.stages.cache_teachers.cost.speed import Duration, Work, duration
 from kdpipe.stages.cache_teachers.requirements import Requirements
-from kdpipe.stages.cache_teachers.shapes import Basis, least, merged, part_shape, teacher_of
-from kdpipe.stages.cache_teachers.sizes import cut, ledger_bytes, part_bytes, unit_entry
-from kdpipe.stages.cache_teachers.speed import Duration, Work, duration
-
-WINDOW_PARTS = 16
-"""As `kdpipe.stages.cache_teachers.teach`, which needs PyTorch."""
+from kdpipe.stages.cache_teachers.shape import WINDOW_PARTS, together
 
 _LEDGER_WANTS = 2048
 """Wants of which a table is written into memory, to learn what a row of the ledger weighs."""
@@ -171,11 +169,9 @@ class _Estimator:
             units.setdefault(want.key if source == "acoustic" else want.id, []).append(want)
         groups: dict[str, tuple[Mapping[str, Any], list[list[Wanted]]]] = {}
         for sharing in units.values():
-            cover: Mapping[str, Any] = sharing[0].cover
-            for want in sharing:
-                row = self._ledger.get(want.id, source)
-                if row is not None and row.key == want.key:
-                    cover = merged(cover, row)
+            rows = [self._ledger.get(want.id, source) for want in sharing]
+            held = [row.cover for row in rows if row is not None and row.key == sharing[0].key]
+            cover = together([*held, *(want.cover for want in sharing)])
             groups.setdefault(repr(sorted(cover.items())), (cover, []))[1].append(sharing)
         return [
             _Group(source, [sharing[0] for sharing in made], cover, sum(map(len, made)) / len(made))

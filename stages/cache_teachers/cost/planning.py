@@ -1,7 +1,7 @@
 """What the paper's set-up takes, from shapes alone: the tables of docs/planning.md.
 
-    python -m kdpipe.stages.cache_teachers.planning          prints them
-    python -m kdpipe.stages.cache_teachers.planning PAGE     writes them into a page, between its markers
+    python -m kdpipe.stages.cache_teachers.cost.planning          prints them
+    python -m kdpipe.stages.cache_teachers.cost.planning PAGE     writes them into a page, between its markers
 
 A test compares the page with this module.
 """
@@ -18,8 +18,8 @@ import numpy as np
 
 from kdpipe.data.store.distributions import Layout
 from kdpipe.data.store.format import TARGET_IDS, TOP, ArraySpec, StatesCodec, hidden_specs, is_low_rank, lens_prefix
+from kdpipe.stages.cache_teachers.cost.sizes import PartShape, part_bytes
 from kdpipe.stages.cache_teachers.layers import layer_map
-from kdpipe.stages.cache_teachers.sizes import PartShape, part_bytes
 from kdpipe.stages.config import LayersConfig
 
 SAMPLES, RESPONSE, AUDIO, PROMPT = 1_000_000, 400, 250, 350

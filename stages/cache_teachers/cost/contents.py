@@ -8,24 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.ledger import Ledger, Row
-from kdpipe.data.store.distributions import Layout, LogprobDtype
-from kdpipe.data.store.format import (
-    TARGET_IDS,
-    TOP,
-    ArraySpec,
-    hidden_attributes,
-    hidden_prefix,
-    hidden_specs,
-    is_low_rank,
-    lens_prefix,
-)
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.store.distributions import Layout
+from kdpipe.data.store.format import TARGET_IDS, ArraySpec, hidden_prefix, is_low_rank
 from kdpipe.data.store.metadata import load_attributes
 from kdpipe.stages.base import Context
-from kdpipe.stages.cache_teachers.blocks import block_bounds
-from kdpipe.stages.cache_teachers.lengths import evenly
+from kdpipe.stages.cache_teachers.cost.lengths import evenly
+from kdpipe.stages.cache_teachers.cost.sizes import PartShape
 from kdpipe.stages.cache_teachers.requirements import Requirements
-from kdpipe.stages.cache_teachers.sizes import PartShape
+from kdpipe.stages.cache_teachers.shape import Shape
 from kdpipe.stages.models.folder import ModelFolder
 
 Basis = Literal["exact", "estimated", "at most"]
@@ -69,56 +60,17 @@ def part_shape(
     if source == "targets":
         return PartShape(source, [ArraySpec(TARGET_IDS, (), "uint32")], {}, unit), "exact", None
     config, folder = ctx.config.teachers, teacher_of(needs, source)
-    arrays: list[ArraySpec] = []
-    attributes: dict[str, Any] = {"teacher": {"layers": folder.layers, "width": folder.width}}
+    shape = Shape(config, cover, folder.width, folder.layers, needs.alignment if cover.get("k") else None, {})
     entries: dict[str, float] = {}
     basis: Basis = "exact"
-    note, bits = None, 0
-    if cover.get("k"):
-        layout = layout_of(cover, needs, config.tail_blocks, config.logprob_dtype)
-        bits, prefixes = layout.bits, [TOP, *map(lens_prefix, cover.get("lens", []))]
-        for prefix in prefixes:
-            arrays += layout.specs(prefix)
-        alignment = {"valid": needs.alignment.valid, "masked": list(needs.alignment.masked)}
-        attributes |= layout.attributes() | {"alignment": alignment, "blocks": "geometric"}
-        if layout.mass is not None:
-            entries, basis, note = _entries(ctx, ledger, source, folder, layout, prefixes)
-    layers = cover.get("hidden", [])
-    rank = config.rank if is_low_rank(config.states) else 0
-    for layer in layers:
-        arrays += hidden_specs(layer, folder.width, config.states, rank)
-    if layers:
-        attributes |= hidden_attributes(codec=config.states, layers=layers, width=folder.width, rank=rank)
+    note, layout, attributes = None, shape.layout, shape.attributes
+    if layout is not None and layout.mass is not None:
+        entries, basis, note = _entries(ctx, ledger, source, folder, layout, shape.prefixes)
+    if shape.hidden:
         seen = {"tokens": 10_000, "cosine_mean": 1 / 3, "cosine_worst": 1 / 3, "relative_error": 1 / 30}
-        attributes["fidelity"] = {hidden_prefix(layer): seen for layer in layers}
-    return PartShape(source, arrays, attributes, unit, entries, bits, rank), basis, note
-
-
-def layout_of(cover: Mapping[str, Any], needs: Requirements, tail_blocks: int, logprob: LogprobDtype) -> Layout:
-    """How distributions are stored that cover what is asked."""
-    mass = cover.get("mass", 1.0)
-    return Layout(
-        k=cover["k"],
-        kept=min(cover["k"], needs.alignment.valid - len(needs.alignment.masked)),
-        temperatures=tuple(cover["temperatures"]),
-        block_bounds=block_bounds(needs.alignment.valid, tail_blocks),
-        logprob=logprob,
-        mass=None if mass >= 1 else mass,
-        min_k=cover.get("min_k", 1),
-        draws=cover.get("draws"),
-    )
-
-
-def merged(cover: Mapping[str, Any], row: Row) -> dict[str, Any]:
-    """What is asked for and what a row under the same key holds: it is made again with both."""
-    both = dict(cover)
-    for name, value in row.cover.items():
-        have = both.get(name)
-        if isinstance(value, list):
-            both[name] = sorted({*(have or []), *value})
-        elif not isinstance(value, Mapping):
-            both[name] = max(have or 0, value)
-    return both
+        attributes["fidelity"] = {hidden_prefix(layer): seen for layer in shape.hidden}
+    bits, rank = 0 if layout is None else layout.bits, config.rank if is_low_rank(config.states) else 0
+    return PartShape(source, shape.arrays, attributes, unit, entries, bits, rank), basis, note
 
 
 def _entries(

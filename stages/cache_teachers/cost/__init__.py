@@ -1,0 +1,1 @@
+"""What caching the teachers will cost, in bytes and seconds, found before any model is loaded."""
