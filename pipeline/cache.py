@@ -6,15 +6,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from kdpipe.data.errors import KdpipeError
+from kdpipe.data.errors import KdpipeError, StoreError
 from kdpipe.data.files import remove
 from kdpipe.data.ledger import Ledger, old_manifests
 from kdpipe.data.store.mend import DAMAGED, Findings, examine, mend, size_of
+from kdpipe.data.store.metadata import part_rows
 from kdpipe.pipeline.cost import human_bytes
 from kdpipe.pipeline.lock import hold
 from kdpipe.pipeline.terminal import names, printable
@@ -196,7 +197,7 @@ def collect_garbage(ctx: Context, *, dry_run: bool = False, unasked: bool = Fals
             lines.append(f"{len(ids):>6} samples that the manifest does not name: {names(ids)}")
             if not dry_run:
                 ledger.commit(drop=drop)
-        found = garbage(ctx, ledger, drop)
+        found = garbage(ctx, ledger, drop, _adoptable(ctx, ledger))
         for what, group in groupby(found, key=lambda entry: entry[0]):
             entries = list(group)
             size = sum(size for _, _, size in entries)
@@ -217,12 +218,36 @@ def _unasked(ctx: Context, ledger: Ledger) -> list[tuple[str, str]]:
     return sorted({(entry.id, entry.source) for entry in entries if entry.id not in asked})
 
 
-def garbage(ctx: Context, ledger: Ledger, drop: Iterable[tuple[str, str]] = ()) -> list[tuple[str, Path, int]]:
-    """What nothing needs: kind, place and bytes; kinds stand together."""
+def _adoptable(ctx: Context, ledger: Ledger) -> set[str]:
+    """Parts without rows that the next run will take in: a killed run had no time to write them down."""
+    from kdpipe.pipeline.plan import make_plans
+
+    parts = ledger.unreferenced_parts()
+    if not parts:
+        return set()
+    keys = {(want.id, want.source): want.key for want in make_plans(ctx, STAGE.name)[STAGE.name].todo}
+    found = set()
+    for part in parts:
+        with suppress(StoreError):
+            found |= {row.part for row in part_rows(part) if keys.get((row.id, row.source)) == row.key}
+    return found
+
+
+def garbage(
+    ctx: Context, ledger: Ledger, drop: Iterable[tuple[str, str]] = (), keep: Iterable[str] = ()
+) -> list[tuple[str, Path, int]]:
+    """What nothing needs: kind, place and bytes; kinds stand together.
+
+    Args:
+        ctx: the run.
+        ledger: of the stage.
+        drop: rows that do not count.
+        keep: names of parts that are needed though no row points to them.
+    """
     from kdpipe.pipeline.runner import _UNFINISHED
 
     dropped = set(drop)
-    used = {row.part for row in ledger.rows() if (row.id, row.source) not in dropped}
+    used = {*keep, *(row.part for row in ledger.rows() if (row.id, row.source) not in dropped)}
     found: list[tuple[str, Callable[[], Iterable[Path]]]] = [
         ("parts that no sample needs", lambda: (p for p in sorted(ledger.parts.glob("*")) if p.name not in used)),
         ("old manifests", lambda: old_manifests(ledger.folder, ledger.digest)),

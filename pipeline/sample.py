@@ -172,11 +172,12 @@ def _table(found: StoredDistribution, ids: np.ndarray, tokens: slice, texts: Map
             line += f" {click.style(number, dim=True)}{_GAP}"
         lines.append(line.rstrip())
     chosen = np.array(places, np.int64)
-    bound = "" if numbers.is_kept[chosen].all() else "at most "
+    likeliest, kept = (numbers.rank[chosen] == 0).mean(), numbers.is_kept[chosen].mean()
+    bound = "" if kept == 1 else "at most "
     lines += textwrap.wrap(
-        f"target likeliest at {(numbers.rank[chosen] == 0).mean():.0%}, kept at {numbers.is_kept[chosen].mean():.0%} of "
-        f"{len(chosen)} tokens; in the mean p {bound}{numbers.p[chosen].mean():.3f}, "
-        f"tail {numbers.tail[chosen].mean():.3f}, entropy at least {numbers.entropy[chosen].mean():.2f} nats",
+        f"target likeliest at {likeliest:.0%}, kept at {kept:.0%} of {len(chosen)} tokens; in the mean p {bound}"
+        f"{numbers.p[chosen].mean():.3f}, tail {numbers.tail[chosen].mean():.3f}, entropy at least "
+        f"{numbers.entropy[chosen].mean():.2f} nats",
         terminal_width(),
         initial_indent=_GAP,
         subsequent_indent=_GAP,

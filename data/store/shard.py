@@ -28,6 +28,8 @@ _EMPTY = 2**64 - 1
 _IOV = 64  # buffers handed to one system call
 _READ_BYTES = 2 << 20  # read and proven at a time: what a processor's cache holds
 METADATA = "zarr.json"
+HELD_CHUNKS = 4
+"""Chunks of an array that wait in memory before the first is written."""
 
 
 def crc_of(*pieces: np.ndarray) -> bytes:
@@ -75,8 +77,17 @@ def array_document(spec: ArraySpec, rows: int, chunk_rows: int, shard_rows: int)
     }
 
 
+def even_chunk_rows(rows: int, chunk_rows: int) -> int:
+    """Rows of a chunk of an array that is small enough to be cut into equal chunks, none larger than `chunk_rows`."""
+    chunks = max(1, -(-rows // chunk_rows))
+    return max(1, -(-rows // chunks))
+
+
 class ArrayWriter:
-    """One array being written. A chunk goes to the file as soon as it is full, so no more than one waits in memory.
+    """One array being written. Chunks go to the file as they are full.
+
+    The first few wait in memory: an array that has no more of them is cut into equal ones, so that next to nothing is
+    filled up at its end.
 
     Args:
         folder: the array's folder; made here.
@@ -113,6 +124,11 @@ class ArrayWriter:
         """
         self.rows += len(array)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if not self._chunks:
+            if self._filled + len(data) <= HELD_CHUNKS * self._chunk_bytes:
+                self._wait(data)
+                return
+            self._write_waiting()
         start = 0
         if self._filled:
             start = min(len(data), self._chunk_bytes - self._filled)
@@ -130,14 +146,14 @@ class ArrayWriter:
 
     def close(self) -> None:
         """Writes what waits, the index and `zarr.json`."""
-        chunk_rows, chunk_bytes = self.spec.chunk_rows, self._chunk_bytes
-        if not self._chunks and self.rows < chunk_rows:
-            chunk_rows = max(1, self.rows)
-            chunk_bytes = chunk_rows * self.spec.row_bytes
+        chunk_rows = self.spec.chunk_rows
+        if not self._chunks:
+            chunk_rows = even_chunk_rows(self.rows, chunk_rows)
+        chunk_bytes = chunk_rows * self.spec.row_bytes
         if self._filled:
-            if self._filled < chunk_bytes:
-                self._wait(np.zeros(chunk_bytes - self._filled, np.uint8))
-            self._write([self._waiting[:chunk_bytes]], chunk_bytes)
+            whole = -(-self._filled // chunk_bytes)
+            self._wait(np.zeros(whole * chunk_bytes - self._filled, np.uint8))
+            self._write(np.split(self._waiting[: self._filled], whole), chunk_bytes)
         chunks = min(self._per_shard, max(1, self._chunks))
         if self._handle is not None:
             self._finish(chunk_bytes, chunks)
@@ -151,12 +167,20 @@ class ArrayWriter:
     def _wait(self, piece: np.ndarray) -> None:
         if self._filled + len(piece) > len(self._waiting):
             # Most arrays of a small part never fill a chunk.
-            size = min(self._chunk_bytes, max(2 * len(self._waiting), self._filled + len(piece)))
-            grown = np.empty(size, np.uint8)
+            grown = np.empty(max(2 * len(self._waiting), self._filled + len(piece)), np.uint8)
             grown[: self._filled] = self._waiting[: self._filled]
             self._waiting = grown
         self._waiting[self._filled : self._filled + len(piece)] = piece
         self._filled += len(piece)
+
+    def _write_waiting(self) -> None:
+        """Writes the whole chunks of what waits."""
+        whole = self._filled // self._chunk_bytes
+        if whole:
+            size = whole * self._chunk_bytes
+            self._write(np.split(self._waiting[:size], whole), self._chunk_bytes)
+            self._waiting = self._waiting[size : self._filled].copy()
+            self._filled = len(self._waiting)
 
     def _write(self, chunks: Sequence[np.ndarray], chunk_bytes: int) -> None:
         place = 0

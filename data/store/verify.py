@@ -146,15 +146,21 @@ class PartCheck:
             return
         folders = set(folder_names(attributes))
         there = {name.rpartition("/")[0] for name in self._found if name.endswith(f"/{METADATA}")}
+        digest_fails = self.damage(root, "damaged (the digest of the metadata does not match)")
         if folders - there and there - folders:
-            self.damages.append(self.damage(root, "damaged (names other arrays than there are)"))
+            self.damages.append(digest_fails)
+            return
+        if gone := [name for name in folders - there if not (self.part / name).is_dir()]:
+            self.damages.append(self.damage(root, f"names {', '.join(sorted(gone))}, of which nothing is there"))
             return
         for name in folder_names(attributes):
             self._documents[name] = self._read_document(name)
         if self.damages:
             return
         if documents_digest(document, self._documents) != attributes.get("metadata"):
-            self.damages.append(self._mismatch(attributes, names))
+            # An array that the root does not name speaks against the root.
+            found = None if there - folders else self._contradiction(attributes, names)
+            self.damages.append(found or digest_fails)
             return
         if version != FORMAT:
             what = f"written in format {version}, and this kdpipe reads format {FORMAT}; left as it is"
@@ -187,8 +193,8 @@ class PartCheck:
             self.damages.append(self.damage(file, "damaged (not JSON)"))
         return None
 
-    def _mismatch(self, attributes: Mapping[str, Any], names: Sequence[str]) -> Damage:
-        """The damage where the digest of the metadata does not match: in the file that contradicts arrays' bytes."""
+    def _contradiction(self, attributes: Mapping[str, Any], names: Sequence[str]) -> Damage | None:
+        """The metadata below the root that contradict the files of arrays, where the digest of all does not match."""
         for name, document in self._documents.items():
             try:
                 fits = self._fits(name, attributes) if name in names else document == group_document()
@@ -196,7 +202,7 @@ class PartCheck:
                 fits = False
             if not fits:
                 return self.damage(self.part / name / METADATA, "damaged (contradicts the files of the part)")
-        return self.damage(self.part / METADATA, "damaged (the digest of the metadata does not match)")
+        return None
 
     def _fits(self, name: str, attributes: Mapping[str, Any]) -> bool:
         """Whether the metadata of an array can be those of its files, whatever the root says of it."""
@@ -211,7 +217,8 @@ class PartCheck:
         ):
             return False
         axis = attributes["arrays"].get(name, {}).get("axis", TOKENS)
-        if name in attributes["arrays"] and axis != PART:
+        # Where there is one chunk, its size says how many rows there are.
+        if name in attributes["arrays"] and axis != PART and grid.rows > grid.chunk_rows:
             starts = np.fromfile(shard_file(self.part / starts_name(axis), 0, 0), "<i8", len(attributes["units"]) + 1)
             if grid.rows != starts[-1]:
                 return False

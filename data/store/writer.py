@@ -1,7 +1,7 @@
 """Writes one part of the teacher store as its units come.
 
 The caller gives a path in its `tmp` folder and commits the finished part through `kdpipe.data.ledger`, which flushes
-it to the disk and renames it into place. Memory is bounded by about one chunk an array, and the bytes of every file
+it to the disk and renames it into place. Memory is bounded by a few chunks an array, and the bytes of every file
 depend on what is appended alone.
 """
 

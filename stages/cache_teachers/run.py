@@ -18,6 +18,7 @@ from kdpipe.data.store.reader import Store
 from kdpipe.data.stream import prefetch
 from kdpipe.stages.base import Context, Wanted, covers
 from kdpipe.stages.cache_teachers.capture import Job
+from kdpipe.stages.cache_teachers.parts import adopt
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.cache_teachers.shape import together
 from kdpipe.stages.cache_teachers.stage import STAGE, UPSTREAM
@@ -69,6 +70,17 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
         KdpipeError: a model cannot be loaded, the tokenizers disagree, or an input changed meanwhile.
     """
     work = Work.of(ctx)
+    ledger, needs = work.ledger, work.needs
+    try:
+        _make(work, adopt(ledger, todo))
+    finally:
+        ledger.flush()
+    known = {row.id for row in work.traces.rows()} & work.samples.keys()
+    rejected = {r.id for r in ledger.rejects() if r.source in needs.sources} & known
+    ctx.say(f"cache-teachers: {len(known) - len(rejected)} samples are cached, {len(rejected)} rejected")
+
+
+def _make(work: Work, todo: Sequence[Wanted]) -> None:
     ledger, needs = work.ledger, work.needs
     wants: dict[str, list[Wanted]] = {source: [] for source in needs.sources}
     for want in todo:

@@ -19,6 +19,10 @@ cold   the files are dropped from the page cache before each pass (what is below
        is not); beside it `preadv` of the same files in blocks of 8 MiB, or of each sample.
 write  to an empty folder, with fsync of files and folders, of samples that lie in memory.
 rows   distributions of 300 tokens, microseconds a sample, in shuffled order, checksums verified before.
+capture   only where it is asked for: the textual teacher at work, from samples to committed parts, on the CPU, beside
+       bare forward passes over the same batches with the output head at all positions ("bare"), and beside forward
+       passes with one plain product at response positions for each distribution ("limit"); vLLM's `prompt_logprobs` on
+       some of the samples; peak memory of the whole stage.
 
 GB/s are bytes of samples / 1e9 / seconds of the wall clock: the median over rounds, and the best. Ratios are medians of
 the ratios within each round, and the goals are on these.
@@ -42,6 +46,7 @@ from typing import Any
 
 import click
 import numpy as np
+import store_capture
 import store_rows
 from store_cases import ORDERS, SEQUENTIAL, SHUFFLED, Plan
 from store_child import READERS
@@ -51,7 +56,7 @@ from kdpipe.pipeline import wheels
 
 CHILD = Path(__file__).with_name("store_child.py")
 PEERS = ("torch==2.13.0", "torchvision==0.28.0", "mosaicml-streaming==0.13.*", "webdataset==1.0.2")
-PHASES = ("read", "cold", "write", "rows")
+PHASES = ("read", "cold", "write", "rows", "capture")
 
 WRITERS = {
     "plain": ("plain write to one file", False),
@@ -253,6 +258,7 @@ def machine(peers: str | None) -> dict[str, str]:
 @click.option("--width", type=click.IntRange(1), default=3584, show_default=True, help="Numbers a token.")
 @click.option("--parts", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=7, show_default=True, help="Rounds.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch, in `capture`.")
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, help="Only this; may be repeated.")
 @click.option(
     "--peers",
@@ -274,6 +280,7 @@ def main(
     width: int,
     parts: int,
     repeats: int,
+    threads: int,
     phases: tuple[str, ...],
     peers: Path | None,
     folder: Path | None,
@@ -283,12 +290,13 @@ def main(
     size, shard_bytes, samples = round(gib * 2**30), 128 << 20, 256
     if quick:
         size, shard_bytes, samples, tokens, parts, repeats = 12 << 20, 3 << 20, 8, 60, 2, 2
-    phases = phases or PHASES
+    phases = phases or PHASES[:-1]
     python = None if peers is None else environment(peers)
     results: list[Result] = []
     small: list[dict[str, Any]] = []
+    captured: dict[str, Any] = {"speed": [], "memory": []}
     with tempfile.TemporaryDirectory(prefix="bench_store-", dir=folder) as made:
-        if set(phases) - {"rows"}:
+        if set(phases) - {"rows", "capture"}:
             plan = Plan.make(
                 Path(made), size=size, tokens=tokens, width=width, parts=parts, shard_bytes=shard_bytes, seed=0
             )
@@ -301,13 +309,24 @@ def main(
         if "rows" in phases:
             click.echo("rows", err=True)
             small = store_rows.measure(Path(made), samples=samples, tokens=300, repeats=max(2 * repeats, 5), seed=0)
+        if "capture" in phases:
+            captured = store_capture.measure(
+                Path(made),
+                samples=8 if quick else 128,
+                repeats=min(repeats, 5),
+                threads=threads,
+                counts=(20, 40) if quick else (100, 1000, 10000),
+                quick=quick,
+            )
     rows = summary(results, size)
     about = machine(python)
     settings = {"bytes": size, "tokens": tokens, "width": width, "parts": parts, "repeats": repeats}
     click.echo(", ".join(f"{key} {value}" for key, value in (settings | about).items()) + "\n")
     click.echo(table(rows, small))
+    if "capture" in phases:
+        click.echo(store_capture.text(captured))
     if json_file is not None:
-        content = {"settings": settings, "machine": about, "rows": rows, "small": small}
+        content = {"settings": settings, "machine": about, "rows": rows, "small": small, "capture": captured}
         json_file.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -57,7 +57,7 @@ class Sizes:
     hidden: int = 512
     layers: int = 8
     description: int = 45
-    response: int = 95
+    response: int = 64
 
 
 class Words:

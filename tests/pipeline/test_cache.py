@@ -283,6 +283,16 @@ def test_gc_forgets_samples_that_left_the_manifest_only_when_asked(run: Path):
     assert "every byte is sound" in kdpipe(run, "verify") and bring_up(Request(run / "kdpipe.yaml")) == []
 
 
+def test_gc_keeps_parts_that_a_killed_run_had_no_time_to_write_down(run: Path):
+    ledger = context(run).ledger("cache-teachers")
+    part = parts(run)["textual"][0]
+    ledger.commit(drop=samples_of(run, part))
+    (stray := store_of(run) / "parts" / "0123456789abcdef.zarr").mkdir()
+    assert "1 parts that no sample needs" in kdpipe(run, "gc") and part.exists() and not stray.exists()
+    bring_up(Request(run / "kdpipe.yaml"))
+    assert samples_of(run, part), "it was taken in"
+
+
 def test_gc_does_not_take_a_store_without_head_for_garbage(run: Path):
     (store_of(run) / "HEAD").unlink()
     assert "HEAD: missing, so that nothing says which parts are needed" in kdpipe(run, "gc", code=2)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kdpipe.data.store.format import ATTRIBUTE, FORMAT, PART, SHARD_BYTES, TOKENS, ArraySpec, starts_name
-from kdpipe.data.store.shard import CRC_BYTES, array_document, as_json, group_document
+from kdpipe.data.store.shard import CRC_BYTES, HELD_CHUNKS, array_document, as_json, group_document
 from kdpipe.stages.base import Wanted
 
 _INDEX_BYTES = 16
@@ -74,7 +74,8 @@ def array_bytes(spec: ArraySpec, rows_P: np.ndarray, shard_bytes: int = SHARD_BY
     per_shard = max(1, shard_bytes // (chunk_rows * row))
     chunks_P = -(-rows_P // chunk_rows)
     shards_P = -(-chunks_P // per_shard)
-    stored_P = np.where(rows_P < chunk_rows, rows_P, chunks_P * chunk_rows)
+    even_P = chunks_P * -(-rows_P // np.maximum(chunks_P, 1))
+    stored_P = np.where(chunks_P <= HELD_CHUNKS, even_P, chunks_P * chunk_rows)
     indexed_P = np.where(shards_P > 1, shards_P * per_shard, chunks_P)
     return stored_P * row + chunks_P * CRC_BYTES + indexed_P * _INDEX_BYTES + shards_P * CRC_BYTES
 

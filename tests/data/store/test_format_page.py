@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kdpipe.data.store.format import FORMAT, ArraySpec, distribution_specs
+from kdpipe.data.store.distributions import Layout
+from kdpipe.data.store.format import FORMAT
 
 from .conftest import bucketed, make_world
 
@@ -24,6 +25,6 @@ def test_the_program_reads_a_part(tmp_path: Path):
 
 
 def test_its_numbers_are_those_of_the_code():
-    specs = [ArraySpec("target_ids", (), "uint32"), *distribution_specs("top", 64, 1, 1, "float16")]
-    assert f"({sum(spec.row_bytes for spec in specs)} with its target id at k = 64" in PAGE
+    layout = Layout(64, 64, (1.0,), (0, 151_643))
+    assert f"({layout.bytes_per_token():.0f} at k = 64, b = 18 and n = B = 1;" in PAGE
     assert f"| `format` | {FORMAT};" in PAGE

@@ -18,8 +18,9 @@ from kdpipe.data.store.verify import PartCheck
 from .conftest import flip
 from .small import LENGTHS, SOURCES, Small, make_small
 
-STEP = 31
-"""Of a `zarr.json` each 31st byte is changed, and other ones in the next file, which is much like it."""
+STEPS = {".json": 61, ".parquet": 3}
+"""Of a `zarr.json` each 61st byte is changed, and other ones in the next file, which is much like it; `test_ledger`
+changes every byte of a `rejects.parquet`."""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def check_part(part: Path) -> list:
 
 
 def flips(file: Path, number: int) -> Iterator[tuple[int, int]]:
-    """Positions and bits: one bit of every byte, and all of a short file."""
+    """Positions and bits: one bit of every byte of array data, and all bits of a short file."""
     size = file.stat().st_size
-    step = STEP if file.name == METADATA else 1
+    step = STEPS.get(file.suffix, 1)
     for position in range(number % step, size, step):
         yield from ((position, bit) for bit in (range(8) if size < 80 else [(position + number) % 8]))
 
@@ -92,7 +93,7 @@ def test_every_flip_beside_the_parts_is_found_and_mended(original: Small, tmp_pa
         findings = examine(store.folder)
         assert file in {damage.file for damage in findings.damages}, f"bit {bit} of byte {position}"
         assert not any(damage.part for damage in findings.damages)
-        if position % 20 == 0:
+        if position % 90 == 0:
             moved = mend(store.folder, store.tmp, findings)
             assert moved[0][0] == file and moved[0][1].read_bytes() != whole
             assert state(store.ledger) == expected[0]

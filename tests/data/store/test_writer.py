@@ -131,7 +131,7 @@ def test_a_caller_may_reuse_its_buffer(tmp_path: Path):
     assert [part.read(row)["target_ids"].tolist() for row in range(3)] == [[n] * 3 for n in range(3)]
 
 
-def test_memory_is_bounded_by_a_chunk_of_each_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_memory_is_bounded_by_a_few_chunks_of_each_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kdpipe.data.store.format.ROWS_CHUNK_BYTES", 1 << 14)
     spec = ArraySpec("top/ids", (64,), "uint32")
     make_world(tmp_path / "warm.zarr")
@@ -143,7 +143,7 @@ def test_memory_is_bounded_by_a_chunk_of_each_array(tmp_path: Path, monkeypatch:
     writer.close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1 << 18, f"{peak} bytes for 10 MiB in shards of 256 KiB and chunks of 16 KiB"
+    assert peak < 3 << 17, f"{peak} bytes for 10 MiB in shards of 256 KiB and chunks of 16 KiB"
     assert len(list((tmp_path / "a" / "top" / "ids" / "c").iterdir())) == 40
 
 
