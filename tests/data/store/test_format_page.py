@@ -17,7 +17,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text(en
 
 def test_the_program_reads_a_part(tmp_path: Path):
     world = make_world(tmp_path / "a.zarr", [3, 9, 4])
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    program = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
     program = program.replace("cache-teachers/parts/0123456789abcdef.zarr", str(world.path)).replace("dog-1", "s1")
     names: dict[str, np.ndarray] = {}
     exec(program, names)

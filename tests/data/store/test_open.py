@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,34 +17,8 @@ from kdpipe.data.store import TeacherStore, open_store
 from .conftest import TEMPERATURES, WIDTH
 from .small import LENGTHS, SOURCES, Small, make_small
 
-EXAMPLE = """\
-import torch
-
-from kdpipe.data.store import open_store
-
-store = open_store("runs/mine")          # the run folder; or the folder that `run.cache` names
-print(store, store.sources)              # ('targets', 'textual', 'acoustic', 'acoustic_top')
-
-for sample_id in store:                  # len(store), "dog-1" in store
-    sample = store[sample_id]
-    target_ids = sample.target_ids       # int64 [T], the response, end token included
-
-sample = store["dog-1"]
-target_ids = sample.target_ids
-top = sample.textual.top                 # at T positions: what the teacher that reads expected
-top.ids, top.logprob                     # int64 and float32 [T, K], likeliest first; -1 and -inf where there are fewer
-top.log_z, top.log_tail                  # float32 [T, n] and [T, n, B], at the n declared temperatures, in B blocks
-mass = top.probs().sum(1) + top.tail().sum(1)                          # 1, up to the rounding of float16
-
-is_target = top.ids == target_ids[:, None]
-surprise = -torch.where(is_target, top.logprob, -torch.inf).amax(1)   # nats; inf where the target is not kept
-soft = top.at(2.0)                       # the same at another declared temperature
-soft.probs(), soft.tail()                # float32 [T, K] and [T, B]
-
-sample.textual.lens[9].probs()           # an inner layer through the teacher's own norm and head
-sample.acoustic.hidden[28]               # [A, width] at the audio tokens: bfloat16, or float32 from other codecs
-sample.acoustic_top                      # a distribution like `top`
-"""
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text(encoding="utf-8")
+(EXAMPLE,) = (text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "open_store" in text)
 """The example of `docs/format.md`."""
 
 
