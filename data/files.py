@@ -62,7 +62,7 @@ def move_into_place(built: Path, target: Path) -> None:
     fsync_tree(built)
     make_folder(target.parent)
     aside = None
-    if target.is_dir():
+    if target.is_dir() or (built.is_dir() and os.path.lexists(target)):
         aside = built.with_name(f"old-{uuid.uuid4().hex}")
         os.rename(target, aside)
     try:

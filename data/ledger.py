@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _CHECKSUM = b"kdpipe.digest"
 _WRITTEN_BY = b"kdpipe.written_by"
+_BATCH_ROWS = 4096
 _REST = 20  # times as long as writing a manifest took, before another is written for `commit(soon=True)`
 
 
@@ -186,7 +188,7 @@ class Ledger:
         return {name for name, expected in files.items() if not self._is_whole(name, expected)}
 
     def _is_whole(self, name: str, expected: Sequence[str]) -> bool:
-        if (self.parts / name).exists():
+        if (self.parts / name).is_dir() or (not name.endswith(".zarr") and (self.parts / name).exists()):
             return True
         return (self.folder / name).exists() and set(expected) <= set(listing(self.folder / name))
 
@@ -280,17 +282,19 @@ def read_rows(manifest: Path) -> list[Row]:
     Raises:
         ValueError: it cannot be read.
     """
-    columns = _read_table(manifest).to_pydict()
-    parsed: dict[str, dict[str, str]] = {}
+    covers: dict[str, dict[str, Any]] = {}
     rows = []
     try:
-        for values in zip(*(columns[name] for name in _ROW_COLUMNS), strict=True):
-            sample, source, key, fields, part, place, tokens, length, content, cover = values
-            for text in (fields, cover):
-                if text not in parsed:
-                    parsed[text] = json.loads(text)
-            rows.append(Row(sample, source, key, parsed[fields], part, place, tokens, length, content, parsed[cover]))
-    except (KeyError, TypeError) as error:
+        # Batch by batch, and the same digests, which stand in many rows, kept once: a table is much larger as objects.
+        for batch in _read_table(manifest).select(list(_ROW_COLUMNS)).to_batches(max_chunksize=_BATCH_ROWS):
+            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                sample, source, key, text, part, place, tokens, length, content, cover = values
+                if cover not in covers:
+                    covers[cover] = json.loads(cover)
+                fields = {sys.intern(name): sys.intern(value) for name, value in json.loads(text).items()}
+                where = sys.intern(source), key, fields, sys.intern(part)
+                rows.append(Row(sample, *where, place, tokens, length, content, covers[cover]))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a manifest: {error!r}") from None
     return rows
 

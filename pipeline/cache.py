@@ -58,14 +58,18 @@ def verify(ctx: Context, *, report_only: bool = False) -> tuple[bool, list[str]]
         seconds = time.perf_counter() - started
         speed = f" ({human_bytes(findings.bytes / seconds)}/s)" if findings.bytes > 100_000_000 else ""
         size = human_bytes(findings.bytes)
-        looked = f"{folder}: {findings.parts} parts, {size}, looked at in {seconds:.1f} s{speed}"
+        looked = f"{folder}: {_counted(findings.parts, 'part')}, {size}, looked at in {seconds:.1f} s{speed}"
         if not findings.damages:
             return True, [f"{looked}: every byte is sound"]
-        lines = [f"{looked}: {len(findings.damages)} damages", *_damage_lines(folder, findings)]
+        lines = [f"{looked}: {_counted(len(findings.damages), 'damage')}", *_damage_lines(folder, findings)]
         if report_only:
             return False, [*lines, "", "Nothing was changed (--report-only)."]
         moved = mend(folder, ctx.tmp(STAGE.name), findings)
         return False, [*lines, *_mended_lines(ctx, folder, findings, moved)]
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _lock(ctx: Context) -> AbstractContextManager[list[int]]:
@@ -115,10 +119,17 @@ def _mended_lines(ctx: Context, folder: Path, findings: Findings, moved: Sequenc
     ledger = ctx.ledger(STAGE.name)
     lost = ledger.lost_parts()
     stale = {row.id for row in ledger.rows() if row.part in lost}
+    for source, target in moved:
+        if source.parent == ledger.parts:
+            # A manifest that was made anew does not know of a part that was set aside.
+            try:
+                stale |= {row.id for row in part_rows(target)}
+            except StoreError:
+                stale |= {sample for damage in findings.damages if damage.aside == source for sample in damage.samples}
     if stale or findings.is_lost or any("rejects" in path.name for path, _ in moved):
         lines.append(
-            f"{len(stale)} samples lack something now. Run `kdpipe {STAGE.name}`: it makes what is missing and nothing "
-            "else. What was set aside goes with `kdpipe cache gc`."
+            f"{_counted(len(stale), 'sample')} without something now. Run `kdpipe {STAGE.name}`: it makes the parts "
+            "that are missing, and nothing else. What was set aside goes with `kdpipe cache gc`."
         )
     return lines
 

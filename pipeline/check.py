@@ -13,6 +13,7 @@ from kdpipe.data.manifest import check_sample
 from kdpipe.stages.base import Context
 from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.layers import layer_map
+from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.config import ModelConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.vocabulary import Alignment, align, load_vocabulary
@@ -92,6 +93,9 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
                 f"teachers.acoustic.model: {acoustic.name} has {theirs}, the student {ours}; "
                 "name a snapshot of the student."
             )
+    if not problems:
+        with gather():
+            requirements(ctx)
     if problems:
         raise ConfigError(problems)
     return Findings(tuple(lines))

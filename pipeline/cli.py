@@ -252,6 +252,8 @@ def inspect(sample: str | None, config_file: Path, overrides: tuple[str, ...], l
     Without SAMPLE: samples, tokens and bytes by source, how they are stored, and how faithfully. With its id: each
     token of the response beside what the teachers expected there.
     """
+    if sample is None and (layer is not None or tokens != ":"):
+        raise click.UsageError("--layer and --tokens are about one sample: name it, as in `kdpipe cache inspect dog-1`")
     ctx = _request(config_file, overrides).context()
     if sample is None:
         from kdpipe.pipeline.overview import overview

@@ -213,6 +213,12 @@ def _relations(config: Config) -> list[str]:
             f"train.temperature {train.temperature:g} is not cached; add it to teachers.temperatures "
             f"({', '.join(f'{t:g}' for t in sorted(temperatures))})"
         )
+    if teachers.mass is None and teachers.min_k != 1:
+        problems.append("teachers.min_k: is given but teachers.mass is not; set teachers.mass, or leave min_k out")
+    if teachers.min_k > teachers.k:
+        problems.append(f"teachers.min_k: {teachers.min_k} is more than teachers.k, {teachers.k}; lower it")
+    if teachers.mass is not None and teachers.mass < 1 and teachers.draws:
+        problems.append("teachers.draws: are from the tail that one k leaves; leave teachers.mass out, or the draws")
     if train.divergence == "sampled_ce" and not teachers.draws:
         problems.append(NO_DRAWS)
     problems += _beyond_vllm(config)

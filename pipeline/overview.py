@@ -60,8 +60,8 @@ def overview(ctx: Context) -> list[str]:
     lines = [
         f"{folder}",
         f"{len(samples):,} samples in {len(by_part) - len(lost):,} parts, {human_bytes(total)}; "
-        f"{human_bytes(round(unused))} of it for units that no sample needs any more; "
-        f"{human_bytes(left)} of garbage beside it (`kdpipe cache gc`)",
+        f"{human_bytes(round(unused))} of it for units",
+        f"that no sample needs any more; {human_bytes(left)} beside it that the manifest does not name",
         "",
         f"{'source':<14}{'samples':>9}{'units':>9}{'tokens':>13}{'parts':>8}{'bytes':>12}{'a token':>12}",
     ]
@@ -113,10 +113,8 @@ def _layout_lines(attributes: Mapping[str, Any]) -> tuple[str, ...]:
         bounds = "" if layout.mass is None else f" ({layout.min_k} to {layout.kept})"
         tails = "one tail" if layout.blocks == 1 else f"tails of {layout.blocks} vocabulary blocks"
         lines.append(f"distributions of {which}")
-        lines.append(
-            f"of each token {kept}{bounds} of {layout.bits} bits, log-probabilities {layout.logprob}, {tails}, "
-            f"temperatures {', '.join(f'{t:g}' for t in layout.temperatures)}"
-        )
+        lines.append(f"of each token {kept}{bounds} of {layout.bits} bits, log-probabilities {layout.logprob},")
+        lines.append(f"{tails}, temperatures {', '.join(f'{t:g}' for t in layout.temperatures)}")
         if layout.draws is not None:
             lines.append(f"{layout.draws['count']} ids drawn from the tail beside {layout.draws['k']}")
     if "states" in attributes:
@@ -138,9 +136,9 @@ def _details(one: _Source) -> list[str]:
         error = math.sqrt(sum(n * relative**2 for n, _, _, relative, _ in one.fidelity) / tokens)
         worst = min(one.fidelity, key=lambda entry: entry[2])
         lines.append(
-            f"  as stored against as computed: cosine {mean:.6f} in the mean, {worst[2]:.6f} at worst "
-            f"(layer {worst[4]}), relative error {error:.2e}"
+            f"  measured on {tokens:,} states while writing: cosine {mean:.6f} in the mean, {worst[2]:.6f} at worst "
         )
+        lines.append(f"  (layer {worst[4]}), relative error {error:.2e} over all layers")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ def _plainly(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def _short(value: str) -> str:
+    """The beginning of a digest; what says something for itself whole."""
+    return value[:8] if re.fullmatch("[0-9a-f]{32}", value) else value
+
+
 def _reasons(plan: StagePlan) -> list[str]:
     totals = Counter(want.source for want in plan.wanted)
     lost = plan.ledger.lost_parts()
@@ -136,13 +142,15 @@ def _reasons(plan: StagePlan) -> list[str]:
             gone[want.source, row.part].append(want.id)
         elif row.key == want.key:
             for name, value in want.cover.items():
+                if name == "min_k" and not covers(row.cover, {"k": want.cover["k"]}):
+                    continue  # without a mass it is k
                 if not covers(row.cover, {name: value}):
                     small[want.source, name][f"{_plainly(row.cover.get(name))} -> {_plainly(value)}"].append(want.id)
         else:
             for name in sorted({*row.fields, *want.fields}):
                 old, now = row.fields.get(name, "none"), want.fields.get(name, "none")
                 if old != now:
-                    changes[want.source, name][f"{old[:8]} -> {now[:8]}"].append(want.id)
+                    changes[want.source, name][f"{_short(old)} -> {_short(now)}"].append(want.id)
     lines = [f"{source}: waits for {stage}: {_which(ids, totals[source])}" for (source, stage), ids in waiting.items()]
     for kind in (changes, small):
         for (source, name), by_change in sorted(kind.items()):

@@ -144,7 +144,8 @@ class _Numbers:
         tail = np.exp(log_tail_TB).sum(1)
         p = np.where(is_kept, np.exp(np.where(hit_TK, log_p_TK, -np.inf).max(1)), np.minimum(least, tail))
         outcomes = np.concatenate([log_p_TK, log_tail_TB], 1)
-        terms = np.where(np.isfinite(outcomes), np.exp(outcomes) * outcomes, 0.0)
+        outcomes = np.where(np.isfinite(outcomes), outcomes, 0.0)  # 0 log 0 is 0, and so is 1 log 1
+        terms = np.exp(outcomes) * outcomes
         return _Numbers(p, is_kept, rank, tail, np.maximum(0.0, -terms.sum(1)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -43,7 +44,9 @@ def main(arguments: list[str]) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"Error: {stage}: {error}. What was committed is kept; run the command again.", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space on the disk of the run folder, or move it, and run" if full else "run"
+        print(f"Error: {stage}: {error}. What was committed is kept; {remedy} the command again.", file=sys.stderr)
         return 2
     except Exception as error:
         print(f"Error: {stage}: {unforeseen(error)}", file=sys.stderr)

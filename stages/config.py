@@ -218,7 +218,7 @@ class TeachersConfig:
     acoustic: AcousticTeacherConfig = AcousticTeacherConfig()
     k: int = bounded(64, 1)
     """Entries kept of each distribution; the rest is its exact tail. With `mass`, the most entries."""
-    mass: float | None = bounded(None, 0.0, 1.0)
+    mass: float | None = bounded(None, 1e-6, 1.0)
     """Keep of each distribution only as many of the likeliest entries as reach this mass (0.99, say), at most k and at
     least `min_k`; None keeps k of each."""
     min_k: int = bounded(1, 1)
@@ -243,7 +243,7 @@ class TeachersConfig:
     """Tokens in one forward pass, padding included."""
     head_chunk: int = bounded(1024, 1, how=True)
     """Positions taken through the output head at once."""
-    part_samples: int = bounded(256, 1, how=True)
+    part_samples: int = bounded(256, 1, 1_000_000, how=True)
     """Samples written and committed together."""
     device: Device = execution("auto")
     """auto: a GPU where there is one."""

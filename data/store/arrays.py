@@ -26,6 +26,7 @@ class StoredArray:
         name: of the array.
         shards: files kept open.
         verify: whether the checksum of each chunk is verified when it is first touched.
+        crcs: checksums of its chunks, 4 bytes each, as the part says them; None: they are not known.
 
     Attributes:
         shape: whole shape, rows first.
@@ -35,7 +36,8 @@ class StoredArray:
         StoreError: its metadata cannot be read.
     """
 
-    def __init__(self, part: Path, name: str, shards: OpenShards, *, verify: bool = True):
+    def __init__(self, part: Path, name: str, shards: OpenShards, *, verify: bool = True, crcs: bytes | None = None):
+        self._crcs = crcs
         self._part = part
         self._name = name
         self._folder = part / name
@@ -126,7 +128,7 @@ class StoredArray:
         if found is None:
             file = shard_file(self._folder, number, len(self.shape) - 1)
             try:
-                found = ShardReader(file, grid, number * grid.per_shard, self._verified)
+                found = ShardReader(file, grid, number * grid.per_shard, self._verified, self._crcs)
             except NotImplementedError:
                 self._otherwise.add(number)
                 return None

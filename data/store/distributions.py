@@ -14,6 +14,7 @@ Log-probabilities of dtype `uint8` are 256 even steps between a token's largest 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -304,11 +305,10 @@ def entries_for_mass(logprob_TK: np.ndarray, mass: float, min_k: int) -> np.ndar
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    """float32 of float16, of many by torch, which is ten times as fast at it as numpy."""
-    if array.dtype != np.float16 or array.size < 4096:
+    """float32 of float16; of many by torch, which is ten times as fast at it as numpy, where it is loaded anyway."""
+    torch = sys.modules.get("torch")
+    if torch is None or array.dtype != np.float16 or array.size < 4096:
         return array.astype(np.float32)
-    import torch
-
     return torch.from_numpy(array if array.flags.writeable else array.copy()).float().numpy()
 
 

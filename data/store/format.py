@@ -33,7 +33,7 @@ FORMAT = 2
 ATTRIBUTE = "kdpipe"
 """Group attribute that holds everything kdpipe says about a part."""
 
-RESERVED = frozenset({"format", "source", "units", "arrays", "metadata"})
+RESERVED = frozenset({"format", "source", "units", "arrays", "starts", "metadata"})
 """Entries of that attribute which the writer makes itself."""
 
 NO_ID = 2**32 - 1

@@ -52,10 +52,17 @@ class Findings:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Bytes of a file, or of all files below a folder; what vanishes meanwhile counts nothing."""
+
+    def size(file: Path) -> int:
+        try:
+            return file.lstat().st_size
+        except FileNotFoundError:
+            return 0
+
     if not path.is_dir() or path.is_symlink():
-        return path.lstat().st_size
-    return sum(Path(folder, name).lstat().st_size for folder, _, names in os.walk(path) for name in names)
+        return size(path)
+    return sum(size(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)
 
 
 def examine(folder: Path, told: Callable[[int], object] = lambda count: None) -> Findings:
@@ -86,6 +93,9 @@ def examine(folder: Path, told: Callable[[int], object] = lambda count: None) ->
                 damages += check.damages
                 damages += [found for owner, job in jobs if owner is check for found in job.result()]
                 damages += _check_rows(check, by_part[check.part.name])
+    for path in sorted((folder / "parts").glob("*.zarr")) if (folder / "parts").is_dir() else []:
+        if not path.is_dir():
+            damages.append(Damage(path, "not a folder", path.name, tuple(row.id for row in by_part[path.name]), path))
     damages += _lost(folder, by_part.keys() - {part.name for part in parts}, by_part)
     damages += _check_lengths(folder, rows or [])
     return Findings(tuple(damages), len(parts), size, rows is None, manifest)
@@ -105,7 +115,7 @@ def mend(folder: Path, tmp: Path, findings: Findings) -> list[tuple[Path, Path]]
     asides = [damage.aside for damage in findings.damages if damage.aside is not None]
     if findings.is_lost:
         asides.append(folder / "HEAD")
-    moved = [(path, _set_aside(path, folder)) for path in dict.fromkeys(asides) if path.exists()]
+    moved = [(path, _set_aside(path, folder)) for path in dict.fromkeys(asides) if os.path.lexists(path)]
     if findings.is_lost:
         if findings.manifest is not None:
             write_head(folder, findings.manifest, tmp)

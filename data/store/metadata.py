@@ -66,6 +66,12 @@ def array_names(attributes: Mapping[str, Any]) -> list[str]:
     return [*attributes["arrays"], *map(starts_name, dict.fromkeys([TOKENS, *(a for a in axes if a != PART)]))]
 
 
+def crcs_of(attributes: Mapping[str, Any], name: str) -> bytes | None:
+    """Checksums of the chunks of an array, 4 bytes each, as the part says them; None where it does not."""
+    about = attributes["arrays"].get(name) or attributes.get("starts", {}).get(name) or {}
+    return bytes.fromhex(about["crc32c"]) if "crc32c" in about else None
+
+
 def load_attributes(part: Path) -> dict[str, Any]:
     """What kdpipe says about a part: its `kdpipe` attribute, proven whole.
 

@@ -236,6 +236,9 @@ class Sample:
         self.id = sample_id
         self.sources = sources
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sample, (self._store, self.id, self.sources)
+
     @cached_property
     def target_ids(self) -> torch.Tensor:
         """The response in token ids of the student, end token included: int64 [T].
@@ -319,6 +322,9 @@ class TeacherStore(Mapping[str, Sample]):
             hint = f"; did you mean {close[0]!r}?" if close else f"; it holds {len(self)} samples"
             raise NotStored(f"{self.folder}: holds no sample {sample_id!r}{hint}")
         return Sample(self, sample_id, self._of[sample_id])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TeacherStore, (self.folder,)
 
     def __contains__(self, sample_id: object) -> bool:
         return sample_id in self._of

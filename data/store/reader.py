@@ -7,6 +7,7 @@ touched, once in the life of a reader. Everything here is safe to use from sever
 from __future__ import annotations
 
 import dataclasses
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -22,7 +23,7 @@ from kdpipe.data.store.arrays import StoredArray
 from kdpipe.data.store.codec import decode_states
 from kdpipe.data.store.distributions import Layout, StoredDistribution, narrowed
 from kdpipe.data.store.format import NO_ID, OFFSETS, PART, TOKENS, hidden_prefix, starts_name
-from kdpipe.data.store.metadata import damaged, load_attributes
+from kdpipe.data.store.metadata import crcs_of, damaged, load_attributes
 from kdpipe.data.store.shard import OpenShards
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 OPEN_PARTS = 64
 """Parts a `Store` keeps open."""
 
-OPEN_FILES = 256
-"""Shard files a `Store` keeps open, at two file descriptors each."""
+OPEN_FILES = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+"""Shard files a `Store` keeps open, at two file descriptors each: half of what the system allows at most."""
 
 
 class _Recent:
@@ -322,7 +323,8 @@ class PartReader:
             with self._lock:
                 found = self._arrays.get(name)
                 if found is None:
-                    found = StoredArray(self.path, name, self._shards, verify=self._verify)
+                    crcs = crcs_of(self.attributes, name)
+                    found = StoredArray(self.path, name, self._shards, verify=self._verify, crcs=crcs)
                     self._arrays[name] = found
         return found
 

@@ -11,6 +11,7 @@ import errno
 import json
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ _IOV = 64  # buffers handed to one system call
 _READ_BYTES = 2 << 20  # read and proven at a time: what a processor's cache holds
 METADATA = "zarr.json"
 HELD_CHUNKS = 4
-"""Chunks of an array that wait in memory before the first is written."""
+"""Chunks of an array that wait in memory and are written together."""
 
 
 def crc_of(*pieces: np.ndarray) -> bytes:
@@ -84,15 +85,20 @@ def even_chunk_rows(rows: int, chunk_rows: int) -> int:
 
 
 class ArrayWriter:
-    """One array being written. Chunks go to the file as they are full.
+    """One array being written.
 
-    The first few wait in memory: an array that has no more of them is cut into equal ones, so that next to nothing is
-    filled up at its end.
+    A few chunks wait in memory. They go to the file together, since a file that is written in small pieces lies in
+    small pieces in the page cache, too, and is slower to read; and an array that has no more of them is cut into equal
+    ones, so that next to nothing is filled up at its end.
 
     Args:
         folder: the array's folder; made here.
         spec: what it holds.
         shard_bytes: upper bound of a shard's data (bytes).
+
+    Attributes:
+        rows: rows so far.
+        crcs: checksums of the chunks that were written, 4 bytes each.
     """
 
     def __init__(self, folder: Path, spec: ArraySpec, shard_bytes: int):
@@ -107,6 +113,7 @@ class ArrayWriter:
         self._filled = 0
         self._chunks = 0
         self._handle: int | None = None
+        self.crcs = bytearray()
 
     def check(self, unit: str, array: np.ndarray) -> None:
         """Refuses rows that are not what was declared."""
@@ -124,25 +131,9 @@ class ArrayWriter:
         """
         self.rows += len(array)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if not self._chunks:
-            if self._filled + len(data) <= HELD_CHUNKS * self._chunk_bytes:
-                self._wait(data)
-                return
+        self._wait(data)
+        if self._filled > HELD_CHUNKS * self._chunk_bytes:
             self._write_waiting()
-        start = 0
-        if self._filled:
-            start = min(len(data), self._chunk_bytes - self._filled)
-            self._wait(data[:start])
-            if self._filled == self._chunk_bytes:
-                self._write([self._waiting[: self._chunk_bytes]], self._chunk_bytes)
-                self._filled = 0
-        whole = (len(data) - start) // self._chunk_bytes
-        if whole:
-            stop = start + whole * self._chunk_bytes
-            self._write(np.split(data[start:stop], whole), self._chunk_bytes)
-            start = stop
-        if start < len(data):
-            self._wait(data[start:])
 
     def close(self) -> None:
         """Writes what waits, the index and `zarr.json`."""
@@ -167,7 +158,8 @@ class ArrayWriter:
     def _wait(self, piece: np.ndarray) -> None:
         if self._filled + len(piece) > len(self._waiting):
             # Most arrays of a small part never fill a chunk.
-            grown = np.empty(max(2 * len(self._waiting), self._filled + len(piece)), np.uint8)
+            held = min(2 * len(self._waiting), HELD_CHUNKS * self._chunk_bytes)
+            grown = np.empty(max(held, self._filled + len(piece)), np.uint8)
             grown[: self._filled] = self._waiting[: self._filled]
             self._waiting = grown
         self._waiting[self._filled : self._filled + len(piece)] = piece
@@ -176,11 +168,10 @@ class ArrayWriter:
     def _write_waiting(self) -> None:
         """Writes the whole chunks of what waits."""
         whole = self._filled // self._chunk_bytes
-        if whole:
-            size = whole * self._chunk_bytes
-            self._write(np.split(self._waiting[:size], whole), self._chunk_bytes)
-            self._waiting = self._waiting[size : self._filled].copy()
-            self._filled = len(self._waiting)
+        size = whole * self._chunk_bytes
+        self._write(np.split(self._waiting[:size], whole), self._chunk_bytes)
+        self._waiting[: self._filled - size] = self._waiting[size : self._filled]
+        self._filled -= size
 
     def _write(self, chunks: Sequence[np.ndarray], chunk_bytes: int) -> None:
         place = 0
@@ -193,7 +184,9 @@ class ArrayWriter:
             taken = chunks[place : place + min(self._per_shard - in_shard, _IOV // 2)]
             pieces: list[Any] = []
             for chunk in taken:
-                pieces += [chunk, crc_of(chunk)]
+                crc = crc_of(chunk)
+                self.crcs += crc
+                pieces += [chunk, crc]
             self._out(pieces)
             self._chunks += len(taken)
             place += len(taken)
@@ -299,28 +292,34 @@ class ShardReader:
         grid: of its array.
         first: number of its first chunk in the array.
         verified: bool, one a chunk of the array, set as they are; None: checksums are not looked at.
+        crcs: checksums of the array's chunks, 4 bytes each, that those in the file must equal: they bind a file to its
+            place. None: they are not known.
 
     Raises:
         Damaged: the file is missing, cut, or its index is damaged.
         NotImplementedError: its chunks lie otherwise than kdpipe writes them.
     """
 
-    def __init__(self, file: Path, grid: Grid, first: int, verified: np.ndarray | None):
+    def __init__(self, file: Path, grid: Grid, first: int, verified: np.ndarray | None, crcs: bytes | None = None):
         self.file = file
         self._grid = grid
         self._first = first
         self._verified = verified
+        self._crcs = crcs
         there = min(grid.per_shard, -(-grid.rows // grid.chunk_rows) - first)
         index_bytes = grid.per_shard * _ENTRY_BYTES + CRC_BYTES
         stride = grid.chunk_bytes + CRC_BYTES
         try:
-            self._handle = os.open(file, os.O_RDONLY)
+            self._handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # or a named pipe would be waited for
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # the file may be whole
             raise Damaged(file, f"missing or cannot be read ({error.strerror})") from None
         try:
-            size = os.fstat(self._handle).st_size
+            found = os.fstat(self._handle)
+            size = found.st_size
+            if not stat.S_ISREG(found.st_mode):
+                raise Damaged(file, "not a regular file")
             if size < index_bytes:
                 raise Damaged(file, "missing or empty" if not size else f"cut to {size} bytes")
             self._map = mmap.mmap(self._handle, 0, prot=mmap.PROT_READ)
@@ -431,25 +430,24 @@ class ShardReader:
                 end = base + grid.chunk_bytes
                 parts.append(self.bytes[end - behind : end])
                 crc = self.bytes[end : end + CRC_BYTES]
-            if crc_of(*parts) != crc.tobytes():
-                raise self._mismatch(first + number)
-            self._mark(first + number)
+            self._prove(first + number, crc_of(*parts), crc.tobytes())
 
     def _verify(self, chunk: int) -> None:
         if self._verified is None or self._verified[self._first + chunk]:
             return
         place = chunk * (self._grid.chunk_bytes + CRC_BYTES)
         end = place + self._grid.chunk_bytes
-        if crc_of(self.bytes[place:end]) != self.bytes[end : end + CRC_BYTES].tobytes():
-            raise self._mismatch(chunk)
-        self._mark(chunk)
+        self._prove(chunk, crc_of(self.bytes[place:end]), self.bytes[end : end + CRC_BYTES].tobytes())
 
-    def _mismatch(self, chunk: int) -> Damaged:
-        return Damaged(self.file, "damaged (the checksum does not match)", chunk + self._first)
-
-    def _mark(self, chunk: int) -> None:
+    def _prove(self, chunk: int, found: bytes, told: bytes) -> None:
+        """Holds the checksum of a chunk's data against the one behind it, and the one that the part says."""
+        number = self._first + chunk
+        if found != told:
+            raise Damaged(self.file, "damaged (the checksum does not match)", number)
+        if self._crcs is not None and found != self._crcs[CRC_BYTES * number : CRC_BYTES * (number + 1)]:
+            raise Damaged(self.file, "damaged (it is not the chunk that the part was written with)", number)
         if self._verified is not None:
-            self._verified[self._first + chunk] = True
+            self._verified[number] = True
 
 
 class OpenShards:

@@ -28,7 +28,7 @@ from kdpipe.data.store.format import (
     ArraySpec,
     starts_name,
 )
-from kdpipe.data.store.metadata import array_names, documents_digest, folder_names
+from kdpipe.data.store.metadata import array_names, crcs_of, documents_digest, folder_names
 from kdpipe.data.store.shard import (
     CRC_BYTES,
     METADATA,
@@ -252,13 +252,15 @@ class PartCheck:
 
     def _check_bytes(self, name: str, told: Told) -> Iterator[Damage]:
         grid, spec, folder = self._grids[name], self._specs[name], self.part / name
+        assert self.attributes is not None
+        crcs = crcs_of(self.attributes, name)
         verified = np.zeros(-(-grid.rows // grid.chunk_rows), bool)
         stored, in_shard = np.dtype(STORED_AS[spec.dtype]), grid.chunk_rows * grid.per_shard
         for number in range(-(-grid.rows // in_shard)):
             file, first = shard_file(folder, number, len(spec.width)), number * in_shard
             rows = min(in_shard, grid.rows - first)
             try:
-                shard = ShardReader(file, grid, number * grid.per_shard, verified)
+                shard = ShardReader(file, grid, number * grid.per_shard, verified, crcs)
             except Damaged as error:
                 yield self.damage(file, error.what, self._units_at(spec, first, first + rows))
                 continue

@@ -135,19 +135,22 @@ class PartWriter:
             attributes: further attributes, known only now (measured fidelity); they replace those of the same name.
         """
         self._attributes.update(_checked(attributes or {}))
+        of_axes = {}
         for axis, starts in self._starts.items():
             column = ArrayWriter(
                 self.path / starts_name(axis), ArraySpec(starts_name(axis), (), "int64"), self._shard_bytes
             )
             column.append(np.array(starts, np.int64))
             column.close()
+            of_axes[starts_name(axis)] = {"crc32c": column.crcs.hex()}
         for column in self._all.values():
             column.close()
         record = {
             "format": FORMAT,
             "source": self.source,
             "units": self._units,
-            "arrays": {name: _declared(column.spec) for name, column in self._all.items()},
+            "arrays": {name: _declared(column) for name, column in self._all.items()},
+            "starts": of_axes,
             **self._attributes,
         }
         for folder in self._groups():
@@ -163,9 +166,10 @@ class PartWriter:
         return {folder for name in names for folder in (self.path / name).parents if folder.is_relative_to(self.path)}
 
 
-def _declared(spec: ArraySpec) -> dict[str, Any]:
-    about = {"dtype": spec.dtype, "width": list(spec.width)}
-    return about if spec.axis == TOKENS else about | {"axis": spec.axis}
+def _declared(column: ArrayWriter) -> dict[str, Any]:
+    spec = column.spec
+    axis = {} if spec.axis == TOKENS else {"axis": spec.axis}
+    return {"dtype": spec.dtype, "width": list(spec.width), **axis, "crc32c": column.crcs.hex()}
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """From hidden states to stored distributions in one sweep of the output head, never holding [tokens, vocabulary].
 
 Shape suffixes: N response positions, R rows of one chunk, H width, V shared ids counted with masked ones, W columns
-(V and what fills up its blocks), P pieces of `_PIECE` columns each, K kept entries, G columns of the pieces that may
-hold them, T temperatures, B vocabulary blocks, D draws.
+(V and what fills up its blocks), P pieces of C = `_PIECE` columns each, p pieces of a tile, K kept entries, G columns
+of the pieces that may hold them, T temperatures, B vocabulary blocks, D draws.
 
 For logits z over the shared ids (masked ids are -inf before anything is normalized) and the K largest of them:
 
@@ -10,11 +10,12 @@ For logits z over the shared ids (masked ids are -inf before anything is normali
     logprob  = z_kept - log_z[1]
     log_tail[T, b] = log sum_{v in block b, v not kept} exp(z_v / T) - log_z[T]
 
-The sweep leaves of each piece its largest logit and its log-sum-exp at each temperature, while the logits are still in
-the processor's cache. The K largest logits stand in the K pieces with the largest maxima, so only these are searched,
-and only their sums are taken again without what is kept. Tails are sums over what is left, never `1 - sum(kept)`: a
-teacher that is sure would leave only rounding error there. Draws are ids of the tail, each with the probability
-exp(z_v / T) / sum of them; see `draws`.
+The head is swept in tiles. Column `c * p + q` of a tile belongs to its piece q, so that sums over a piece run along
+memory. The sweep leaves of each piece its largest logit and its log-sum-exp at each temperature, while the logits are
+still in the processor's cache. The K largest logits stand in the K pieces with the largest maxima, so only these are
+searched, and only their sums are taken again without what is kept. Tails are sums over what is left, never
+`1 - sum(kept)`: a teacher that is sure would leave only rounding error there. Draws are ids of the tail, each with the
+probability exp(z_v / T) / sum of them; see `draws`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.cache_teachers.draws import systematic_draws
 from kdpipe.stages.models.vocabulary import Alignment
 
-_PIECE = 128
-_TILE_BYTES = 4 << 20  # logits of this size are swept at a time
+_PIECE = 32
+_TILE = 2048  # columns that are swept at a time
 
 
 def distribution(
@@ -102,6 +103,8 @@ class _Sweep:
         columns: first column of each block, and the end W.
         id_W: int64, the id of a column; -1 for filling.
         column_V: int64, the column of an id.
+        column_PC: int64, the columns of each piece.
+        tiles: first id, first column, ids and columns of each.
         masked: columns of masked ids, rising.
     """
 
@@ -109,6 +112,8 @@ class _Sweep:
     columns: Sequence[int]
     id_W: torch.Tensor
     column_V: torch.Tensor
+    column_PC: torch.Tensor
+    tiles: Sequence[tuple[int, int, int, int]]
     masked: Sequence[int]
 
     @staticmethod
@@ -122,7 +127,16 @@ class _Sweep:
         id_W = torch.full((columns[-1],), -1, dtype=torch.int64)
         id_W[column_V] = torch.arange(bounds[-1])
         masked = column_V[torch.tensor(sorted(alignment.masked), dtype=torch.int64)].tolist()
-        return _Sweep(bounds, columns, id_W.to(device), column_V.to(device), masked)
+        tiles, pieces = [], []
+        for (low, high), start in zip(pairwise(bounds), columns, strict=False):
+            for first in range(low, high, _TILE):
+                ids, column = min(first + _TILE, high) - first, start + first - low
+                wide = -(-ids // _PIECE) * _PIECE
+                tiles.append((first, column, ids, wide))
+                pieces.append(torch.arange(column, column + wide).view(_PIECE, -1).T)
+        return _Sweep(
+            bounds, columns, id_W.to(device), column_V.to(device), torch.cat(pieces).to(device), tiles, masked
+        )
 
     def logits(
         self, hidden_RH: torch.Tensor, weight_VH: torch.Tensor, temperatures: Sequence[float]
@@ -133,19 +147,14 @@ class _Sweep:
         logits_RW = hidden_RH.new_empty(rows, self.columns[-1], dtype=dtype)
         peaks_RP = logits_RW.new_empty(rows, pieces)
         sums_RTP = logits_RW.new_empty(rows, len(temperatures), pieces)
-        wide = max(1, _TILE_BYTES // (_PIECE * logits_RW.element_size() * max(rows, 1))) * _PIECE
-        for (low, high), start in zip(pairwise(self.bounds), self.columns, strict=False):
-            for first in range(low, high, wide):
-                last = min(first + wide, high)
-                column = start + first - low
-                stop = -(-(column + last - first) // _PIECE) * _PIECE
-                _product(hidden_RH, weight_VH[first:last], logits_RW[:, column : column + last - first])
-                logits_RW[:, column + last - first : stop] = -torch.inf
-                for one in self.masked[bisect_left(self.masked, column) : bisect_left(self.masked, stop)]:
-                    logits_RW[:, one] = -torch.inf
-                here_RpC = logits_RW[:, column:stop].unflatten(1, (-1, _PIECE))
-                span = slice(column // _PIECE, stop // _PIECE)
-                peaks_RP[:, span], sums_RTP[:, :, span] = _summed(here_RpC, temperatures)
+        for first, column, ids, wide in self.tiles:
+            _product(hidden_RH, weight_VH[first : first + ids], logits_RW[:, column : column + ids])
+            logits_RW[:, column + ids : column + wide] = -torch.inf
+            for one in self.masked[bisect_left(self.masked, column) : bisect_left(self.masked, column + wide)]:
+                logits_RW[:, one] = -torch.inf
+            here_RCp = logits_RW[:, column : column + wide].unflatten(1, (_PIECE, -1))
+            span = slice(column // _PIECE, (column + wide) // _PIECE)
+            peaks_RP[:, span], sums_RTP[:, :, span] = _summed(here_RCp, temperatures)
         return logits_RW, peaks_RP, sums_RTP
 
     def largest(
@@ -163,7 +172,8 @@ class _Sweep:
         if not bool(torch.isfinite(log_z_RT).all()):
             raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
         piece_RQ = peaks_RP.topk(min(k, peaks_RP.shape[1]), dim=1, sorted=False).indices
-        column_RG = (piece_RQ[:, :, None] * _PIECE + torch.arange(_PIECE, device=piece_RQ.device)).flatten(1)
+        # Columns of a piece stand as in a tile: the c-th of all pieces, then the next.
+        column_RG = self.column_PC[piece_RQ].transpose(1, 2).flatten(1)
         found_RG = logits_RW.gather(1, column_RG)
         kept_RK, place_RK = found_RG.topk(k, dim=1)
         ids_RK = self.id_W[column_RG.gather(1, place_RK)]
@@ -176,7 +186,7 @@ class _Sweep:
             place_RK = torch.where(gone_RK, place_RK[:, :1], place_RK)
             ids_RK, logprob_RK = ids_RK.masked_fill(gone_RK, -1), logprob_RK.masked_fill(gone_RK, -torch.inf)
         found_RG.scatter_(1, place_RK, -torch.inf)
-        _, left_RTQ = _summed(found_RG.unflatten(1, (-1, _PIECE)), temperatures)
+        _, left_RTQ = _summed(found_RG.unflatten(1, (_PIECE, -1)), temperatures)
         sums_RTP = sums_RTP.scatter(2, piece_RQ[:, None].expand_as(left_RTQ), left_RTQ)
         tails = [
             torch.logsumexp(sums_RTP[:, :, low // _PIECE : high // _PIECE], dim=2)
@@ -212,15 +222,15 @@ def _product(hidden_RH: torch.Tensor, weight_VH: torch.Tensor, out_RV: torch.Ten
         torch.mm(hidden_RH.to(dtype), weight_VH.to(dtype).T, out=out_RV)
 
 
-def _summed(logits_RpC: torch.Tensor, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+def _summed(logits_RCp: torch.Tensor, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest [R, p] and log-sum-exp [R, T, p] of each piece; -inf where all is -inf."""
-    peak_Rp = logits_RpC.amax(2)
+    peak_Rp = logits_RCp.amax(1)
     base_Rp = peak_Rp.clamp_min(torch.finfo(peak_Rp.dtype).min)
     sums = []
     for T in temperatures:
-        shifted_RpC = logits_RpC - base_Rp[..., None]
+        shifted_RCp = logits_RCp - base_Rp[:, None]
         if T != 1:
-            shifted_RpC /= T
-        sums.append(shifted_RpC.exp_().sum(2).log() + base_Rp / T)
+            shifted_RCp /= T
+        sums.append(shifted_RCp.exp_().sum(1).log_().add_(base_Rp, alpha=1 / T))
     sums_RTp = torch.stack(sums, dim=1)
-    return peak_Rp, torch.where(peak_Rp[:, None] == -torch.inf, -torch.inf, sums_RTp)
+    return peak_Rp, sums_RTp.masked_fill_(peak_Rp[:, None] == -torch.inf, -torch.inf)

@@ -18,7 +18,6 @@ from typing import Any
 from kdpipe.data.hashing import digest
 from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context, StagePlan, Wanted
-from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.config import TeachersConfig
 from kdpipe.stages.textualize.stage import sample_fields
@@ -94,8 +93,8 @@ def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str,
     prompt = {"student.prompt": digest([config.student.system, config.student.prompt])}
     seconds, length = config.data.max_seconds, teachers.max_length
     alignment = {"alignment": digest(needs.alignment)}
-    blocks = block_bounds(needs.alignment.valid, teachers.tail_blocks) if teachers.tail_blocks > 1 else 1
-    numerics = {"numerics": digest([teachers.logprob_dtype, blocks])}
+    # The bounds of the blocks follow from their number and the shared ids, which `alignment` stands for.
+    numerics = {"logprob_dtype": teachers.logprob_dtype, "tail_blocks": str(teachers.tail_blocks)}
     fields = {"targets": tokenizer | prompt | alignment | {"limits": digest([length, seconds])}}
     if needs.textual is not None:
         asks = teachers.textual
@@ -123,7 +122,7 @@ def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str,
 
 
 def _codec(teachers: TeachersConfig) -> str:
-    return f"{teachers.states} {teachers.rank}" if is_low_rank(teachers.states) else teachers.states
+    return f"{teachers.states} rank {teachers.rank}" if is_low_rank(teachers.states) else teachers.states
 
 
 def _covers(needs: Requirements) -> dict[str, dict[str, Any]]:

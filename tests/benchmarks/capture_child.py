@@ -178,6 +178,7 @@ class Clock:
             ("writer: append", PartWriter, "append"),
             ("writer: close", PartWriter, "close"),
             ("writer: commit", Ledger, "commit"),
+            ("flush the ledger", Ledger, "flush"),
         )
         with ExitStack() as stack:
             for label, owner, name in places:
@@ -224,21 +225,25 @@ def served(bench: Bench, samples: int, repeats: int) -> dict[str, Any]:
     return made
 
 
-def prepare(folder: str, samples: int, sizes: dict[str, int], miniature: bool) -> dict[str, Any]:
-    """Models, where they are not there, and a run in `base` with its traces; with its targets unless miniature."""
+def prepare(folder: str, samples: int, sizes: dict[str, int], counts: Sequence[int]) -> dict[str, Any]:
+    """In `speed/` models and a run whose targets are made; in `memory-N/` miniatures and a run with short traces."""
     path, chosen = Path(folder), capture_world.Sizes(**sizes)
-    if not (path / "models").exists():
-        if miniature:
-            capture_world.make_miniatures(path / "models")
-        else:
-            capture_world.make_models(path / "models", chosen)
-    capture_world.write_run(path / "base", samples, chosen, seed=1)
-    config = capture_world.configuration(path / "models")
-    capture_world.textualize(Context(config, path / "base"))
-    if not miniature:
-        ctx = Context(config, path / "base", lambda line: None)
-        STAGE.run(ctx, [want for want in capture_world.to_make(ctx) if want.source == "targets"])
+    capture_world.make_models(path / "speed" / "models", chosen)
+    ctx = _written(path / "speed", samples, chosen)
+    STAGE.run(ctx, [want for want in capture_world.to_make(ctx) if want.source == "targets"])
+    for count in counts:
+        place = path / f"memory-{count}"
+        capture_world.make_miniatures(place / "models")
+        _written(place, count, capture_world.Sizes(description=8, response=16))
     return {}
+
+
+def _written(folder: Path, samples: int, sizes: capture_world.Sizes) -> Context:
+    """A run in `base/` with its traces."""
+    capture_world.write_run(folder / "base", samples, sizes, seed=1)
+    ctx = Context(capture_world.configuration(folder / "models"), folder / "base", lambda line: None)
+    capture_world.textualize(ctx)
+    return ctx
 
 
 def memory(folder: str, threads: int) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def configuration(
 ) -> Config:
     """What a run asks for; only the top of the textual teacher, unless weights and a map of layers are given."""
     textual = TextualTeacherConfig(ModelConfig(str(models / "teacher"), dtype=dtype))
-    settings = {"k": 64, "device": "cpu", "serve": LaunchConfig(cpu_kv_cache_gib=1)} | teachers
+    settings = {"k": 64, "device": "cpu", "max_length": 1024, "serve": LaunchConfig(cpu_kv_cache_gib=1)} | teachers
     return Config(
         DataConfig("manifest.jsonl"),
         StudentConfig(ModelConfig(str(models / "student"), dtype="float32")),

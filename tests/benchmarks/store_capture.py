@@ -7,10 +7,9 @@ the stage makes.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,8 +19,6 @@ CASES = ("k 64", "k 64, 8 tail blocks, 3 lens layers", "k 64, bfloat16")
 GOAL = 0.9
 SMALL = {"ids": 1000, "rows": 1024, "hidden": 64, "layers": 6, "description": 8, "response": 16}
 """A teacher and samples on which only the structure is tried."""
-SHORT = {"description": 8, "response": 16}
-"""Samples at which peak memory is measured."""
 
 
 def ask(what: str, folder: Path, **settings: Any) -> dict[str, Any]:
@@ -51,24 +48,21 @@ def measure(
         repeats: rounds.
         threads: of torch.
         counts: numbers of samples to measure peak memory at.
-        quick: a small teacher, and no vLLM.
+        quick: one case with a small teacher, and no vLLM.
     """
-    place = folder / "speed"
     _say("models and samples")
-    ask("prepare", place, samples=samples, sizes=SMALL if quick else {}, miniature=False)
+    ask("prepare", folder / "capture", samples=samples, sizes=SMALL if quick else {}, counts=counts)
     made: dict[str, Any] = {"speed": [], "memory": []}
     settings = {"samples": samples, "repeats": repeats, "threads": threads}
     settings |= {"batch_tokens": 512, "part_samples": 4} if quick else {"batch_tokens": 4096, "part_samples": 128}
-    for case in CASES:
+    for case in CASES[1:2] if quick else CASES:
         _say(case)
-        vllm = min(samples, 32) if case == CASES[0] and not quick else 0
-        made["speed"].append(ask("speed", place, case=case, vllm=vllm, **settings))
+        vllm = min(samples, 32) if case == CASES[0] else 0
+        made["speed"].append(ask("speed", folder / "capture" / "speed", case=case, vllm=vllm, **settings))
     for count in counts:
         _say(f"peak memory of {count} samples")
-        place = folder / f"memory-{count}"
-        ask("prepare", place, samples=count, sizes=SHORT, miniature=True)
-        made["memory"].append({"samples": count, **ask("memory", place, threads=threads)})
-        shutil.rmtree(place)
+        found = ask("memory", folder / "capture" / f"memory-{count}", threads=threads)
+        made["memory"].append({"samples": count, **found})
     return made
 
 

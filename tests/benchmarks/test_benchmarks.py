@@ -148,13 +148,12 @@ def test_capture_is_measured_beside_the_bare_pass(tmp_path):
     done = subprocess.run([*command, "--json", str(numbers)], capture_output=True, text=True, check=True)
     content = json.loads(numbers.read_text())
     assert list(tmp_path.iterdir()) == [numbers], "what was written is removed"
-    assert len(content["capture"]["speed"]) == 3
-    for row in content["capture"]["speed"]:
-        assert row["taken"].keys() == {"stage", "bare", "limit"}
-        assert all(len(times) == 2 and min(map(min, times)) > 0 for times in row["taken"].values())
-        assert 0 <= row["padding"] < 1 and row["responses"] < row["tokens"]
-        assert 0 < row["spent"]["forward"] + row["spent"]["head"] < row["whole"][0]
+    (row,) = content["capture"]["speed"]
+    assert row["taken"].keys() == {"stage", "bare", "limit"}
+    assert all(len(times) == 2 and min(map(min, times)) > 0 for times in row["taken"].values())
+    assert 0 <= row["padding"] < 1 and row["responses"] < row["tokens"]
+    assert 0 < row["spent"]["forward"] + row["spent"]["head"] < row["whole"][0]
     fewer, more = content["capture"]["memory"]
     assert (fewer["units"], more["units"]) == (4 * 20, 4 * 40)
     assert 0 < fewer["imported"] <= fewer["planned"] <= fewer["peak"]
-    assert done.stdout.count(": met |") + done.stdout.count(": short |") == 3, "a verdict for each case"
+    assert done.stdout.count(": met |") + done.stdout.count(": short |") == 1, "a verdict for the case"

@@ -127,7 +127,7 @@ def flip(file: Path, position: int) -> None:
 
 def test_inspect_says_what_there_is(run: Path):
     text = kdpipe(run, "inspect")
-    assert "4 samples in 7 parts" in text and "0 B of garbage" in text
+    assert "4 samples in 7 parts" in text and "0 B beside it that the manifest does not name" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if len(line.split()) > 6}
     assert rows["targets"][:2] == ["4", "4"] and rows["acoustic"][:2] == ["4", "2"], "samples share clips"
     assert "the last layer and the lens of layer" in text and "tails of 3 vocabulary blocks" in text
@@ -218,7 +218,7 @@ def test_a_damaged_part_is_made_anew_and_nothing_else(run: Path):
         assert "Nothing was changed" in text and file.relative_to(store_of(run)).as_posix() in text and part.exists()
         text = kdpipe(run, "verify", code=1)
         assert f"Set aside: parts/{part.name} -> damaged/{part.name}" in text
-        assert f"{len({sample for sample, _ in expected})} samples lack something now" in text
+        assert f"{len({sample for sample, _ in expected})} samples without something now" in text
         assert bring_up(Request(run / "kdpipe.yaml")) == sorted(expected, key=_in_order(run)), source
         assert {path: path.read_bytes() for path in part.rglob("*") if path.is_file()} == whole, "the same bytes again"
         assert "every byte is sound" in kdpipe(run, "verify")
@@ -262,7 +262,7 @@ def test_gc_keeps_what_is_needed_and_removes_the_rest(run: Path):
     text = kdpipe(run, "gc", "--dry-run")
     assert "40 B would be freed; nothing was removed" in text and all(path.exists() for path in left)
     assert "1 parts that no sample needs, 10 B: 0123456789abcdef.zarr" in text
-    assert "40 B of garbage" in kdpipe(run, "inspect")
+    assert "40 B beside it that the manifest does not name" in kdpipe(run, "inspect")
     assert "40 B freed" in kdpipe(run, "gc") and not any(path.exists() for path in left)
     assert {path for path in store.rglob("*") if path.is_file()} == kept
     assert (run / "tmp" / "fingerprints.sqlite").exists()

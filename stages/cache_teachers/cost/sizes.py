@@ -96,7 +96,9 @@ def part_bytes(shape: PartShape, units_P: np.ndarray, tokens_P: np.ndarray) -> d
         rows_P = shape.rows(spec, units_P, tokens_P)
         rows = int(rows_P.mean())
         document = array_document(spec, rows, min(spec.chunk_rows, max(1, rows)), max(1, rows))
+        chunks = int((-(-rows_P // spec.chunk_rows)).sum())
         found[spec.name] = int(array_bytes(spec, rows_P).sum()) + parts * len(as_json(document))
+        found[spec.name] += 2 * CRC_BYTES * chunks  # in hexadecimal, in the attributes
         steps = spec.name.split("/")
         folders.update("/".join(steps[:depth]) for depth in range(1, len(steps)))
     found[""] = parts * (len(folders) * len(as_json(group_document())) + _root_bytes(shape, 1))
@@ -109,9 +111,13 @@ def _root_bytes(shape: PartShape, units: int) -> int:
     arrays = {
         spec.name: {"dtype": spec.dtype, "width": list(spec.width)}
         | ({} if spec.axis == TOKENS else {"axis": spec.axis})
+        | {"crc32c": ""}
         for spec in shape.arrays
     }
+    axes = dict.fromkeys([TOKENS, *(spec.axis for spec in shape.arrays if spec.axis != PART)])
+    starts = {starts_name(axis): {"crc32c": ""} for axis in axes}
     record = {"format": FORMAT, "source": shape.source, "units": [dict(shape.unit)] * units, "arrays": arrays}
+    record["starts"] = starts
     return len(as_json(group_document({ATTRIBUTE: record | dict(shape.attributes) | {"metadata": _DIGEST}})))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -132,3 +133,11 @@ def test_opening_is_light(small: Small):
         "assert not {'torch', 'zarr'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_store_and_its_samples_can_be_pickled(store: TeacherStore):
+    """As data loaders that spawn their processes do."""
+    again = pickle.loads(pickle.dumps(store))
+    assert list(again) == list(store)
+    sample = pickle.loads(pickle.dumps(store["ox"]))
+    assert torch.equal(sample.target_ids, store["ox"].target_ids)

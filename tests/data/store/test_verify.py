@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Ledger, Row
 from kdpipe.data.store.mend import DAMAGED, examine, mend, size_of
+from kdpipe.data.store.reader import PartReader
 from kdpipe.data.store.shard import METADATA
 from kdpipe.data.store.verify import PartCheck
 
@@ -327,3 +329,33 @@ def test_a_file_that_may_not_be_read_is_no_damage(store: Small):
     (store.folder / "parts" / "textual.zarr" / METADATA).chmod(0)
     with pytest.raises(StoreError, match="may not be read"):
         examine(store.folder)
+
+
+def test_whole_files_of_one_shape_that_change_places_are_found(store: Small):
+    """Each is sound by itself: what the part says of its chunks binds them to their places."""
+    part = store.folder / "parts" / "textual.zarr"
+    one, two = (next((part / prefix).rglob("logprob")) / "c" / "0" for prefix in ("top", "lens"))
+    one, two = (next(path for path in folder.rglob("*") if path.is_file()) for folder in (one, two))
+    kept = one.read_bytes()
+    assert len(kept) == two.stat().st_size and kept != two.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(kept)
+    findings = examine(store.folder)
+    assert {damage.file for damage in findings.damages} == {one, two}
+    assert all("not the chunk that the part was written with" in damage.what for damage in findings.damages)
+    with pytest.raises(StoreError, match="not the chunk that the part was written with"):
+        PartReader(part).read(0)
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "looping link"])
+def test_a_part_that_is_no_folder_is_set_aside(store: Small, kind: str):
+    part = sorted((store.folder / "parts").iterdir())[0]
+    shutil.rmtree(part)
+    if kind == "file":
+        part.write_text("not a part")
+    else:
+        part.symlink_to(part.name if kind == "looping link" else "nowhere")
+    findings = examine(store.folder)
+    assert any(damage.aside == part for damage in findings.damages)
+    mend(store.folder, store.folder.parent / "tmp", findings)
+    assert not os.path.lexists(part) and part.name in store.ledger.lost_parts()

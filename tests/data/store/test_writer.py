@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def test_attributes_of_the_start_and_of_the_end_stand_in_the_group(tmp_path: Pat
         "format": 2,
         "source": "targets",
         "units": [{"id": "s", "key": "k", "tokens": 2, "length": 9, "cover": {"k": 4}}],
-        "arrays": {"target_ids": {"dtype": "uint32", "width": []}},
+        "arrays": {"target_ids": {"dtype": "uint32", "width": [], "crc32c": "8ab2288c"}},
+        "starts": {"offsets": {"crc32c": "a46008d0"}},
         "teacher": "t",
         "fidelity": {"03": {"cosine_mean": 0.5}},
     }
@@ -185,6 +187,18 @@ def test_wrong_units_are_refused_and_leave_the_part_as_it_was(tmp_path: Path):
     assert writer.append("t", "k", good) == 1
     writer.close()
     assert [unit["id"] for unit in PartReader(tmp_path / "a").units] == ["s", "t"]
+
+
+def chunk_crcs(array: Path) -> Iterator[bytes]:
+    """Checksums that stand behind the chunks of an array's files, in order."""
+    for file in sorted((array / "c").glob("*/0"), key=lambda path: int(path.parent.name)):
+        raw = file.read_bytes()
+        size = json.loads((array / "zarr.json").read_text())
+        rows = size["chunk_grid"]["configuration"]["chunk_shape"][0]
+        inner = size["codecs"][0]["configuration"]["chunk_shape"][0]
+        index = np.frombuffer(raw[-4 - 16 * (rows // inner) : -4], "<u8").reshape(-1, 2)
+        for offset, length in index[index[:, 0] != 2**64 - 1]:
+            yield raw[int(offset + length) - 4 : int(offset + length)]
 
 
 def test_each_axis_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -217,7 +231,9 @@ def test_each_axis_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     assert np.asarray(group["offsets"][:]).tolist() == [0, 3, 8, 8, 8, 17]
     assert np.asarray(group["top/entries"][:]).tolist() == [0, 20, 20, 20, 24, 33]
     about: Any = group.attrs["kdpipe"]
-    assert about["arrays"]["top/other"] == {"dtype": "uint8", "width": [2], "axis": "top/entries"}
+    crcs = b"".join(chunk_crcs(tmp_path / "a" / "top" / "other"))
+    expected = {"dtype": "uint8", "width": [2], "axis": "top/entries", "crc32c": crcs.hex()}
+    assert len(crcs) == 4 * 5 and about["arrays"]["top/other"] == expected
 
 
 def test_an_array_of_the_part_is_written_once_and_read_with_every_unit(tmp_path: Path):

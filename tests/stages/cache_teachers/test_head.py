@@ -89,7 +89,7 @@ def test_low_precision_models_give_float32_logits():
 
 
 def test_no_tensor_of_all_positions_over_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(head, "_TILE_BYTES", 4 * 5 * 128)
+    monkeypatch.setattr(head, "_TILE", 128)
     sizes = []
 
     class Watch(TorchDispatchMode):
@@ -104,8 +104,8 @@ def test_no_tensor_of_all_positions_over_the_vocabulary(monkeypatch):
         distribution(
             hidden, weight, k=4, temperatures=[1.0, 2.0], bounds=(0, 2000), alignment=Alignment(2000, (1,)), chunk=5
         )
-    # Nothing exceeds one chunk of 5 positions, in pieces of 128 columns.
-    assert max(sizes) == 5 * 2048
+    # Nothing exceeds one chunk of 5 positions, in tiles that are filled up.
+    assert max(sizes) == 5 * 2016
 
 
 def test_a_nan_is_an_error():
