@@ -9,6 +9,7 @@ starts on a byte of its own.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -87,6 +88,7 @@ def _unpack_periods(flat: np.ndarray, bits: int, period: int, step: int) -> np.n
     return ids_cp.view(np.int64)
 
 
+@lru_cache(maxsize=32)
 def _phases(bits: int) -> list[tuple[int, int, int, int, int]]:
     """Ids whose bits lie alike: (first id, distance of ids, first byte, distance of bytes, shift within it)."""
     assert 1 <= bits <= 25

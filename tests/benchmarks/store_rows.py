@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch  # noqa: F401  (loaded as in training; the reader widens float16 with it)
 
 from kdpipe.data.ledger import Row
 from kdpipe.data.store.distributions import Layout
