@@ -57,7 +57,7 @@ def make_folder(path: Path) -> None:
 def move_into_place(built: Path, target: Path) -> None:
     """Flushes `built` and renames it to `target` on the same file system, replacing what stood there.
 
-    A file is replaced in one step. A folder that exists already is moved aside first and removed after.
+    A file is replaced in one step. What stands where a folder goes is moved aside first and removed after.
     """
     fsync_tree(built)
     make_folder(target.parent)

@@ -148,9 +148,9 @@ class Ledger:
         for reject in rejects:
             new_rejects[reject.id, reject.source] = reject
             new_rows.pop((reject.id, reject.source), None)
-        if soon and time.monotonic() - self._written < _REST * self._cost:
-            self._behind = True
-        else:
+        # Until it is written: what may wait is not forgotten where writing fails.
+        self._behind = self._behind or soon
+        if not soon or time.monotonic() - self._written >= _REST * self._cost:
             self._write(new_rows, new_rejects)
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""One array of a part as it is read: by `kdpipe.data.store.shard`, or by zarr where its codecs are not ours."""
+"""One array of a part as it is read: by `kdpipe.data.store.shard_reader`, or by zarr where its codecs are not ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from kdpipe.data.errors import StoreError
 from kdpipe.data.store.metadata import damaged, raise_if_scarce
-from kdpipe.data.store.shard import METADATA, Damaged, Grid, OpenShards, ShardReader, shard_file
+from kdpipe.data.store.shard import METADATA, Grid, shard_file
+from kdpipe.data.store.shard_reader import Damaged, OpenShards, ShardReader
 
 if TYPE_CHECKING:
     import zarr

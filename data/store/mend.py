@@ -14,11 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.data.errors import StoreError
 from kdpipe.data.files import fsync_path, make_folder
 from kdpipe.data.ledger import Ledger, Row, head_text, is_as_written, read_rejects, read_rows, rows_digest, write_head
-from kdpipe.data.store.metadata import part_rows
-from kdpipe.data.store.shard import METADATA
+from kdpipe.data.store.metadata import rows_from_parts
 from kdpipe.data.store.verify import Damage, PartCheck
 
 DAMAGED = "damaged"
@@ -123,7 +121,7 @@ def mend(folder: Path, tmp: Path, findings: Findings) -> list[tuple[Path, Path]]
             ledger = Ledger(folder, tmp)
             rejected = {(reject.id, reject.source) for reject in ledger.rejects()}
             # What was rejected was rejected after its rows were made.
-            ledger.commit(row for row in _rows_of(folder / "parts") if (row.id, row.source) not in rejected)
+            ledger.commit(row for row in rows_from_parts(folder / "parts") if (row.id, row.source) not in rejected)
     return moved
 
 
@@ -235,13 +233,3 @@ def _set_aside(path: Path, folder: Path) -> Path:
     fsync_path(target.parent)
     fsync_path(path.parent)
     return target
-
-
-def _rows_of(parts: Path) -> Iterator[Row]:
-    """Ledger rows of all parts that can be read, the newest part last; the others were found damaged."""
-    found = [path for path in parts.glob("*.zarr") if (path / METADATA).is_file()]
-    for part in sorted(found, key=lambda path: ((path / METADATA).stat().st_mtime_ns, path.name)):
-        try:
-            yield from part_rows(part)
-        except StoreError:
-            continue

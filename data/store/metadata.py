@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +133,14 @@ def part_rows(part: Path, name: str | None = None) -> list[Row]:
     return rows
 
 
-def rows_from_parts(parts: Path) -> list[Row]:
-    """The ledger rows of all parts in a folder, for a ledger that was lost.
+def rows_from_parts(parts: Path) -> Iterator[Row]:
+    """The ledger rows of all parts in a folder that can be read, for a ledger that was lost.
 
-    Where several parts hold the same sample the newest comes last, so that committing the list in order keeps it.
-
-    Raises:
-        StoreError: a part is damaged.
+    Where several parts hold the same sample the newest comes last, so that committing them in order keeps it.
     """
-    found = [path for path in parts.glob("*.zarr") if path.is_dir()]
-    found.sort(key=lambda path: ((path / _FILE).stat().st_mtime_ns if (path / _FILE).exists() else 0, path.name))
-    return [row for path in found for row in part_rows(path)]
+    found = [path for path in parts.glob("*.zarr") if (path / _FILE).is_file()]
+    for path in sorted(found, key=lambda path: ((path / _FILE).stat().st_mtime_ns, path.name)):
+        try:
+            yield from part_rows(path)
+        except StoreError:
+            continue

@@ -24,7 +24,7 @@ from kdpipe.data.store.codec import decode_states
 from kdpipe.data.store.distributions import Layout, StoredDistribution, narrowed
 from kdpipe.data.store.format import NO_ID, OFFSETS, PART, TOKENS, hidden_prefix, starts_name
 from kdpipe.data.store.metadata import crcs_of, damaged, load_attributes
-from kdpipe.data.store.shard import OpenShards
+from kdpipe.data.store.shard_reader import OpenShards
 
 if TYPE_CHECKING:
     import torch

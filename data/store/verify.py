@@ -32,15 +32,13 @@ from kdpipe.data.store.metadata import array_names, crcs_of, documents_digest, f
 from kdpipe.data.store.shard import (
     CRC_BYTES,
     METADATA,
-    Damaged,
     Grid,
-    OpenShards,
-    ShardReader,
     array_document,
     as_json,
     group_document,
     shard_file,
 )
+from kdpipe.data.store.shard_reader import Damaged, OpenShards, ShardReader
 from kdpipe.data.store.values import infinite, unit_fault, unshared
 
 _NOT_CANONICAL = "damaged (not the bytes that its content is written as)"

@@ -25,7 +25,8 @@ from kdpipe.data.store.format import (
     starts_name,
 )
 from kdpipe.data.store.metadata import metadata_digest
-from kdpipe.data.store.shard import METADATA, ArrayWriter, as_json, group_document
+from kdpipe.data.store.shard import METADATA, as_json, group_document
+from kdpipe.data.store.shard_writer import ArrayWriter
 
 _UNIT_FIELDS = frozenset({"id", "key", "tokens"})
 

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from kdpipe.data.store.format import ATTRIBUTE, FORMAT, PART, SHARD_BYTES, TOKENS, ArraySpec, starts_name
-from kdpipe.data.store.shard import CRC_BYTES, HELD_CHUNKS, array_document, as_json, group_document
+from kdpipe.data.store.shard import CRC_BYTES, ENTRY_BYTES, array_document, as_json, group_document
+from kdpipe.data.store.shard_writer import HELD_CHUNKS
 from kdpipe.stages.base import Wanted
 
-_INDEX_BYTES = 16
-"""Of a chunk, in the index of its shard."""
 _DIGEST = "0" * 32
 _HALF_OPEN_BYTE = 7 / 16
 """Mean bytes that the packed ids of a unit are filled up with, in the layout `mass`."""
@@ -69,7 +68,7 @@ class PartShape:
 
 
 def array_bytes(spec: ArraySpec, rows_P: np.ndarray, shard_bytes: int = SHARD_BYTES) -> np.ndarray:
-    """Bytes of the shard files of one array in each part: int64 [P]; see `kdpipe.data.store.shard.ArrayWriter`."""
+    """Bytes of the shard files of one array in each part: int64 [P]; see `data.store.shard_writer`."""
     chunk_rows, row = spec.chunk_rows, spec.row_bytes
     per_shard = max(1, shard_bytes // (chunk_rows * row))
     chunks_P = -(-rows_P // chunk_rows)
@@ -77,7 +76,7 @@ def array_bytes(spec: ArraySpec, rows_P: np.ndarray, shard_bytes: int = SHARD_BY
     even_P = chunks_P * -(-rows_P // np.maximum(chunks_P, 1))
     stored_P = np.where(chunks_P <= HELD_CHUNKS, even_P, chunks_P * chunk_rows)
     indexed_P = np.where(shards_P > 1, shards_P * per_shard, chunks_P)
-    return stored_P * row + chunks_P * CRC_BYTES + indexed_P * _INDEX_BYTES + shards_P * CRC_BYTES
+    return stored_P * row + chunks_P * CRC_BYTES + indexed_P * ENTRY_BYTES + shards_P * CRC_BYTES
 
 
 def part_bytes(shape: PartShape, units_P: np.ndarray, tokens_P: np.ndarray) -> dict[str, int]:

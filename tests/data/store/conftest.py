@@ -23,7 +23,7 @@ from kdpipe.data.store.format import (
     lens_prefix,
     under,
 )
-from kdpipe.data.store.shard import ArrayWriter
+from kdpipe.data.store.shard_writer import ArrayWriter
 from kdpipe.data.store.writer import PartWriter
 
 VOCABULARY = 40

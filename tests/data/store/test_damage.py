@@ -15,7 +15,7 @@ from kdpipe.data.store.codec import encode_states, fit_basis
 from kdpipe.data.store.format import ArraySpec, hidden_attributes, hidden_specs, under
 from kdpipe.data.store.metadata import array_names
 from kdpipe.data.store.reader import PartReader
-from kdpipe.data.store.shard import OpenShards
+from kdpipe.data.store.shard_reader import OpenShards
 from kdpipe.data.store.writer import PartWriter
 
 from .conftest import bucketed, flip, layout_of, make_world

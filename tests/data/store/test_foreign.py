@@ -16,7 +16,8 @@ from kdpipe.data.errors import StoreError
 from kdpipe.data.store.arrays import StoredArray
 from kdpipe.data.store.metadata import metadata_digest
 from kdpipe.data.store.reader import PartReader
-from kdpipe.data.store.shard import OpenShards, crc_of
+from kdpipe.data.store.shard import crc_of
+from kdpipe.data.store.shard_reader import OpenShards
 
 from .conftest import World, bucketed, numbers, write_array
 

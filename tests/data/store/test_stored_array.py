@@ -16,7 +16,8 @@ import pytest
 from kdpipe.data.errors import StoreError
 from kdpipe.data.store.arrays import StoredArray
 from kdpipe.data.store.format import STORED_AS
-from kdpipe.data.store.shard import OpenShards, crc_of
+from kdpipe.data.store.shard import crc_of
+from kdpipe.data.store.shard_reader import OpenShards
 
 from .conftest import flip, numbers, open_descriptors, write_array
 
@@ -55,7 +56,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(sum(len(piece) for piece in pieces))
         return crc_of(*pieces)
 
-    monkeypatch.setattr("kdpipe.data.store.shard.crc_of", counting)
+    monkeypatch.setattr("kdpipe.data.store.shard_reader.crc_of", counting)
     return sizes
 
 

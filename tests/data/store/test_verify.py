@@ -238,7 +238,7 @@ def test_units_that_are_not_what_the_manifest_says(store: Small):
 def _rows(store: Small) -> list[Row]:
     from kdpipe.data.store.metadata import rows_from_parts
 
-    return rows_from_parts(store.folder / "parts")
+    return list(rows_from_parts(store.folder / "parts"))
 
 
 def rebuilt(store: Small, name: str, change: Callable[[np.ndarray], np.ndarray], *, prefix: str = "top") -> list[str]:

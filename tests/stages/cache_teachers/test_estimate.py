@@ -13,7 +13,7 @@ import pytest
 
 from kdpipe.data.audio import decode
 from kdpipe.data.store.format import ArraySpec, hidden_specs
-from kdpipe.data.store.shard import ArrayWriter
+from kdpipe.data.store.shard_writer import ArrayWriter
 from kdpipe.stages.cache_teachers.cost import lengths
 from kdpipe.stages.cache_teachers.cost.estimate import Estimate, Line, estimate
 from kdpipe.stages.cache_teachers.cost.sizes import array_bytes, cut
