@@ -221,7 +221,7 @@ class Ledger:
             name, checksum = head.read_bytes().decode("ascii").split()
         except FileNotFoundError:
             return None, {}
-        except ValueError:
+        except (IsADirectoryError, ValueError):
             raise self._damaged(head, "it does not hold two digests") from None
         manifest = self.folder / "manifests" / f"{name}.parquet"
         try:
@@ -367,6 +367,8 @@ def _read_table(path: Path) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if path.is_dir():  # which pyarrow would read as one table of many files
+        raise ValueError("a folder, not a file")
     try:
         return pq.read_table(path, page_checksum_verification=True)
     except (OSError, ValueError, pa.ArrowException) as error:

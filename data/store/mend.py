@@ -134,9 +134,11 @@ def _check_ledger(folder: Path) -> tuple[list[Row] | None, Path | None, list[Dam
         if not manifests and not any((folder / "parts").glob("*.zarr")):
             return [], None, []
         raw = None
+    except IsADirectoryError:
+        raw = b""
     match = _HEAD.fullmatch(raw or b"")
     named = folder / "manifests" / f"{match[1].decode()}.parquet" if match is not None else None
-    if named in manifests and head_text(named).encode() == raw:
+    if named in manifests and named.is_file() and head_text(named).encode() == raw:
         try:
             return read_rows(named), None, []
         except ValueError as error:

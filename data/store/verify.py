@@ -31,6 +31,7 @@ from kdpipe.data.store.format import (
 from kdpipe.data.store.metadata import array_names, crcs_of, documents_digest, folder_names
 from kdpipe.data.store.shard import (
     CRC_BYTES,
+    ENTRY_BYTES,
     METADATA,
     Grid,
     array_document,
@@ -42,7 +43,6 @@ from kdpipe.data.store.shard_reader import Damaged, OpenShards, ShardReader
 from kdpipe.data.store.values import infinite, unit_fault, unshared
 
 _NOT_CANONICAL = "damaged (not the bytes that its content is written as)"
-_ENTRY_BYTES = 16  # of a shard index, a chunk
 _UNFIT = "damaged (its size or its index is not what was written)"
 Told = Callable[[int], object]
 """Is told of bytes as they are done."""
@@ -187,6 +187,8 @@ class PartCheck:
             self.damages.append(self.damage(file, _NOT_CANONICAL))
         except FileNotFoundError:
             self.damages.append(self.damage(file, "missing"))
+        except IsADirectoryError:
+            self.damages.append(self.damage(file, "a folder, not a file"))
         except (ValueError, RecursionError):
             self.damages.append(self.damage(file, "damaged (not JSON)"))
         return None
@@ -222,7 +224,7 @@ class PartCheck:
                 return False
         full, rest = divmod(-(-grid.rows // grid.chunk_rows), grid.per_shard)
         expected = (full * grid.per_shard + rest) * (grid.chunk_bytes + CRC_BYTES)
-        expected += (full + bool(rest)) * (_ENTRY_BYTES * grid.per_shard + CRC_BYTES)
+        expected += (full + bool(rest)) * (ENTRY_BYTES * grid.per_shard + CRC_BYTES)
         return expected == sum(size for file, size in self._found.items() if file.startswith(f"{name}/c/"))
 
     def _check_list(self) -> None:

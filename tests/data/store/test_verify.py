@@ -213,6 +213,23 @@ def test_missing_files_cut_files_and_files_too_many(store: Small):
     assert examine(store.folder).damages == () and not store.ledger.lost_parts()
 
 
+@pytest.mark.parametrize("name", ["HEAD", "rejects.parquet", "manifest", "zarr.json", "top/ids/zarr.json"])
+def test_a_folder_in_place_of_a_file_is_set_aside(store: Small, name: str):
+    part = store.folder / "parts" / "textual.zarr"
+    (manifest,) = (store.folder / "manifests").glob("*.parquet")
+    file = manifest if name == "manifest" else part / name if "zarr.json" in name else store.folder / name
+    before = state(store.ledger)
+    file.unlink(missing_ok=True)
+    file.mkdir()
+    findings = examine(store.folder)
+    assert file in {damage.file for damage in findings.damages}
+    mend(store.folder, store.tmp, findings)
+    lost = {key for key, row in before.items() if "zarr.json" in name and row.part == part.name}
+    assert state(store.ledger) == before and store.ledger.lost_parts() == ({part.name} if lost else set())
+    left = examine(store.folder).damages
+    assert {damage.file for damage in left} == ({part} if lost else set())
+
+
 def test_damage_beside_a_stray_file_is_found_too(store: Small):
     (store.folder / "parts" / "textual.zarr" / "notes.txt").write_text("mine")
     file = damaged_shard(store)
