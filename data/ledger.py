@@ -10,67 +10,27 @@ A folder has one committer at a time (the run's lock sees to that).
 
 from __future__ import annotations
 
-import io
-import json
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.files import listing, move_into_place, remove, write_atomically
-from kdpipe.data.hashing import digest, digest_file
+from kdpipe.data.files import listing, move_into_place, remove
+from kdpipe.data.hashing import digest_file
+from kdpipe.data.ledger_files import (
+    Reject,
+    Row,
+    old_manifests,
+    read_rejects,
+    read_rows,
+    rejects_digest,
+    rows_digest,
+    write_head,
+    write_rejects,
+    write_rows,
+)
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-_CHECKSUM = b"kdpipe.digest"
-_WRITTEN_BY = b"kdpipe.written_by"
-_BATCH_ROWS = 4096
 _REST = 20  # times as long as writing a manifest took, before another is written for `commit(soon=True)`
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Where one source of one sample lies.
-
-    Attributes:
-        id: sample id.
-        source: what of the sample this is: `trace`, `targets`, `textual`, `acoustic`, `student`, ...
-        key: digest of everything that could change its bytes.
-        fields: the named digests the key is made of, kept to be able to say why a sample is stale.
-        cover: what is stored beyond the key, e.g. `{"k": 64}`; a request is served if it asks for no more.
-        part: name of the part below `parts/`.
-        row: its place within the part.
-        tokens: response tokens (audio tokens for `acoustic`).
-        length: tokens of the student's whole sequence, prompt and audio included; 0 where that means nothing.
-        content: digest of what came out, for early cutoff downstream.
-    """
-
-    id: str
-    source: str
-    key: str
-    fields: Mapping[str, str]
-    part: str
-    row: int = 0
-    tokens: int = 0
-    length: int = 0
-    content: str = ""
-    cover: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """One sample that a stage could not process, under the key it was tried with."""
-
-    id: str
-    source: str
-    key: str
-    reason: str
-    detail: str
 
 
 class Ledger:
@@ -89,7 +49,7 @@ class Ledger:
         self.tmp = tmp
         self.digest, self._rows = self._load_current_rows()
         self._rejects = self._load_rejects()
-        self._rejects_digest = digest(sorted(self._rejects.values(), key=lambda reject: (reject.id, reject.source)))
+        self._rejects_digest = rejects_digest(self._rejects.values())
         self._behind, self._written, self._cost = False, 0.0, 0.0
 
     @property
@@ -168,10 +128,10 @@ class Ledger:
         manifest = self.folder / "manifests" / f"{new_digest}.parquet"
         moved = new_digest != self.digest or not manifest.exists()
         if moved:
-            _write_table(manifest, _rows_table(rows.values()), self.tmp)
-        found = digest(sorted(rejects.values(), key=lambda reject: (reject.id, reject.source)))
+            write_rows(manifest, rows.values(), self.tmp)
+        found = rejects_digest(rejects.values())
         if found != self._rejects_digest:
-            _write_table(self.folder / "rejects.parquet", _rejects_table(rejects.values()), self.tmp)
+            write_rejects(self.folder / "rejects.parquet", rejects.values(), self.tmp)
         if moved:
             write_head(self.folder, manifest, self.tmp)
         self.digest, self._rows, self._rejects, self._rejects_digest = new_digest, rows, rejects, found
@@ -248,157 +208,3 @@ class Ledger:
         """Removes all manifests but the current one: nothing proves an old one whole."""
         for path in old_manifests(self.folder, self.digest):
             remove(path)
-
-
-_ROW_COLUMNS = ("id", "source", "key", "fields", "part", "row", "tokens", "length", "content", "cover")
-
-
-def rows_digest(rows: Iterable[Row]) -> str:
-    """Digest of rows in any order: the name of their manifest."""
-    return digest(
-        sorted((r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, dict(r.cover), r.content) for r in rows)
-    )
-
-
-def old_manifests(folder: Path, current: str | None) -> list[Path]:
-    """Manifests of a stage folder other than the one named `current`."""
-    return sorted(path for path in (folder / "manifests").glob("*.parquet") if path.stem != current)
-
-
-def head_text(manifest: Path) -> str:
-    """What `HEAD` holds where it points to a manifest."""
-    return f"{manifest.stem} {digest_file(manifest)}\n"
-
-
-def write_head(folder: Path, manifest: Path, tmp: Path) -> None:
-    """Points `HEAD` of a stage folder to a manifest in it."""
-    text = head_text(manifest)
-    write_atomically(folder / "HEAD", lambda path: path.write_text(text), tmp)
-
-
-def read_rows(manifest: Path) -> list[Row]:
-    """The rows of a manifest file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    covers: dict[str, dict[str, Any]] = {}
-    rows = []
-    try:
-        # Batch by batch, and the same digests, which stand in many rows, kept once: a table is much larger as objects.
-        for batch in _read_table(manifest).select(list(_ROW_COLUMNS)).to_batches(max_chunksize=_BATCH_ROWS):
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                sample, source, key, text, part, place, tokens, length, content, cover = values
-                if cover not in covers:
-                    covers[cover] = json.loads(cover)
-                fields = {sys.intern(name): sys.intern(value) for name, value in json.loads(text).items()}
-                where = sys.intern(source), key, fields, sys.intern(part)
-                rows.append(Row(sample, *where, place, tokens, length, content, covers[cover]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a manifest: {error!r}") from None
-    return rows
-
-
-def read_rejects(path: Path) -> list[Reject]:
-    """The rows of `rejects.parquet`, proven by their digest.
-
-    Raises:
-        ValueError: it cannot be read, or its rows are not what was written.
-    """
-    table = _read_table(path)
-    try:
-        rejects = [Reject(**row) for row in table.to_pylist()]
-        found = digest(rejects)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    if (table.schema.metadata or {}).get(_CHECKSUM) != found.encode():
-        raise ValueError("its rows do not match their digest")
-    return rejects
-
-
-def is_as_written(path: Path) -> bool:
-    """Whether a manifest or `rejects.parquet` is, byte by byte, what its rows are written as.
-
-    Finds what no checksum in a Parquet file covers. A file by another pyarrow than the installed one cannot be compared
-    and counts as written so, provided it says the same of its writer in both places.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    import pyarrow.parquet as pq
-
-    table = _read_table(path)
-    metadata = table.schema.metadata or {}
-    try:
-        by = pq.read_metadata(path).created_by
-    except (OSError, ValueError) as error:
-        raise ValueError(str(error)) from None
-    if metadata.keys() - {_CHECKSUM, _WRITTEN_BY}:
-        return False
-    if by != _this_writer():
-        return metadata.get(_WRITTEN_BY, by.encode()) == by.encode()
-    return _table_bytes(table) == path.read_bytes()
-
-
-def _table_bytes(table: pa.Table) -> bytes:
-    import pyarrow.parquet as pq
-
-    file = io.BytesIO()
-    pq.write_table(table, file, write_page_checksum=True)
-    return file.getvalue()
-
-
-@lru_cache(maxsize=1)
-def _this_writer() -> str:
-    """What the installed pyarrow calls itself in the files it writes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return pq.read_metadata(io.BytesIO(_table_bytes(pa.table({})))).created_by
-
-
-def _write_table(target: Path, table: pa.Table, tmp: Path) -> None:
-    import pyarrow.parquet as pq
-
-    write_atomically(target, lambda path: pq.write_table(table, path, write_page_checksum=True), tmp)
-
-
-def _read_table(path: Path) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if path.is_dir():  # which pyarrow would read as one table of many files
-        raise ValueError("a folder, not a file")
-    try:
-        return pq.read_table(path, page_checksum_verification=True)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(str(error)) from None
-
-
-def _rows_table(rows: Iterable[Row]) -> pa.Table:
-    import pyarrow as pa
-
-    ordered = sorted(rows, key=lambda row: (row.source, row.part, row.row, row.id))
-
-    def text(value: Mapping[str, Any]) -> str:
-        return json.dumps(dict(value), sort_keys=True)
-
-    types = {"row": pa.int64(), "tokens": pa.int64(), "length": pa.int64()}
-    return pa.table(
-        {
-            name: pa.array(
-                [text(getattr(r, name)) if name in ("fields", "cover") else getattr(r, name) for r in ordered],
-                types.get(name, pa.string()),
-            )
-            for name in _ROW_COLUMNS
-        }
-    )
-
-
-def _rejects_table(rejects: Iterable[Reject]) -> pa.Table:
-    import pyarrow as pa
-
-    ordered = sorted(rejects, key=lambda reject: (reject.id, reject.source))
-    names = ("id", "source", "key", "reason", "detail")
-    table = pa.table({name: pa.array([getattr(r, name) for r in ordered], pa.string()) for name in names})
-    return table.replace_schema_metadata({_CHECKSUM: digest(ordered).encode(), _WRITTEN_BY: _this_writer().encode()})

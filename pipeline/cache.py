@@ -13,7 +13,8 @@ from typing import Any
 
 from kdpipe.data.errors import KdpipeError, StoreError
 from kdpipe.data.files import remove
-from kdpipe.data.ledger import Ledger, old_manifests
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import old_manifests
 from kdpipe.data.store.mend import DAMAGED, Findings, examine, mend, size_of
 from kdpipe.data.store.metadata import part_rows
 from kdpipe.pipeline.cost import human_bytes

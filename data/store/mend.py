@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdpipe.data.files import fsync_path, make_folder
-from kdpipe.data.ledger import Ledger, Row, head_text, is_as_written, read_rejects, read_rows, rows_digest, write_head
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Row, head_text, is_as_written, read_rejects, read_rows, rows_digest, write_head
 from kdpipe.data.store.metadata import rows_from_parts
 from kdpipe.data.store.verify import Damage, PartCheck
 

@@ -13,7 +13,8 @@ import numpy as np
 from kdpipe.data.errors import StoreError
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger import Ledger, Reject, Row
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Reject, Row
 from kdpipe.data.manifest import Sample
 from kdpipe.data.store.format import FORMAT, ArraySpec
 from kdpipe.data.store.metadata import part_rows

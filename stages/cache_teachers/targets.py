@@ -13,7 +13,8 @@ import numpy as np
 from kdpipe.data.audio import decode
 from kdpipe.data.errors import Rejected
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger import Ledger, Reject
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Reject
 from kdpipe.data.manifest import Sample
 from kdpipe.data.store.format import TARGET_IDS, ArraySpec
 from kdpipe.data.stream import prefetch

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.data.errors import Rejected, StoreError
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger import Ledger, Reject, Row
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Reject, Row
 from kdpipe.stages.base import Context, Wanted
 
 if TYPE_CHECKING:

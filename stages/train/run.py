@@ -12,7 +12,7 @@ import torch
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import build_aside, listing, move_into_place
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger import Row
+from kdpipe.data.ledger_files import Row
 from kdpipe.data.store.reader import Store
 from kdpipe.data.stream import Entry, Stream
 from kdpipe.stages.base import Context, StagePlan

@@ -10,16 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.data import files
-from kdpipe.data import ledger as module
 from kdpipe.data.errors import StoreError
-from kdpipe.data.ledger import Ledger, Reject, Row, is_as_written, old_manifests, read_rejects, read_rows, rows_digest
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Reject, Row, old_manifests
 
 REJECT = Reject("bad", "trace", "kb", "audio_silent", "bad.wav is silent")
 
@@ -155,33 +154,6 @@ def test_a_manifest_that_a_kill_left_behind_goes_with_the_next_commit(place):
     assert old_manifests(place[0], ledger.digest) == [left]
     commit(ledger, "p1.zarr", range(1, 2))
     assert not left.exists() and len(list(left.parent.iterdir())) == 1
-
-
-def test_tables_are_compared_byte_by_byte_with_what_their_rows_are_written_as(place):
-    ledger = Ledger(*place)
-    commit(ledger, "p1.zarr", range(2), rejects=[REJECT])
-    manifest, rejects = place[0] / "manifests" / f"{ledger.digest}.parquet", place[0] / "rejects.parquet"
-    assert is_as_written(manifest) and is_as_written(rejects)
-    assert rows_digest(read_rows(manifest)) == ledger.digest
-    whole = rejects.read_bytes()
-    for position in range(len(whole)):
-        rejects.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
-        try:
-            sound = is_as_written(rejects) and read_rejects(rejects) == [REJECT]
-        except ValueError:
-            sound = False
-        assert not sound, f"byte {position}"
-
-
-def test_a_table_of_another_pyarrow_counts_as_written_unless_it_contradicts_itself(place, monkeypatch):
-    ledger = Ledger(*place)
-    ledger.commit(rejects=[REJECT])
-    path = place[0] / "rejects.parquet"
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_this_writer", lambda: "parquet-cpp-arrow version 1.0.0")
-        assert is_as_written(path)
-        patch.setattr(pq, "read_metadata", lambda path: SimpleNamespace(created_by="parquet-cpp-arrow version 2.0.0"))
-        assert not is_as_written(path)
 
 
 def test_a_stage_folder_may_move(place, tmp_path: Path):
@@ -354,7 +326,8 @@ def test_kill_9_of_a_real_process(place, tmp_path: Path):
     program = f"""
 import itertools
 from pathlib import Path
-from kdpipe.data.ledger import Ledger, Row
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Row
 ledger = Ledger(Path({str(place[0])!r}), Path({str(place[1])!r}))
 for number in itertools.count(len(list(ledger.rows()))):
     built = ledger.tmp / "built"
@@ -463,6 +436,22 @@ def test_a_manifest_that_may_wait_is_written_when_it_is_worth_it_and_by_flush(tm
     ledger.commit([row(4, "p")], soon=True)
     ledger.commit([row(5, "p")])
     assert stored(tmp_path) == {"s1", "s2", "s3", "s4", "s5"}, "a commit that may not wait writes what waited too"
+
+
+def test_rows_that_wait_survive_a_write_that_fails(tmp_path: Path, monkeypatch):
+    ledger = Ledger(tmp_path / "stage", tmp_path / "tmp")
+    ledger.commit([row(1, "p")], soon=True)
+    ledger._cost = 1.0
+    ledger.commit([row(2, "p")], soon=True)
+    for number, soon in ((3, False), (4, True)):
+        ledger._cost = 0.0  # so that it is written now
+        with monkeypatch.context() as patch:
+            interrupt(patch, 1, OSError(errno.ENOSPC, "No space left on device"))
+            with pytest.raises(OSError, match="No space left"):
+                ledger.commit([row(number, "p")], soon=soon)
+        assert stored(tmp_path) == {"s1"}
+    ledger.flush()
+    assert stored(tmp_path) == {"s1", "s2", "s4"}
 
 
 def stored(tmp_path: Path) -> set[str]:

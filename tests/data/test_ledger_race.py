@@ -12,7 +12,8 @@ import pytest
 
 from kdpipe.data import ledger as module
 from kdpipe.data.errors import StoreError
-from kdpipe.data.ledger import Ledger, Row
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Row
 
 
 @pytest.fixture
@@ -81,7 +82,8 @@ def test_what_is_broken_for_good_is_still_an_error(place, monkeypatch):
 COMMITTER = """
 import sys
 from pathlib import Path
-from kdpipe.data.ledger import Ledger, Row
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Row
 ledger = Ledger(Path(sys.argv[1]), Path(sys.argv[2]))
 print("ready", flush=True)
 number = 0

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdpipe.data.ledger import Ledger, Reject
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Reject
 from kdpipe.data.store.codec import Fidelity, encode_states, fit_basis
 from kdpipe.data.store.distributions import Layout
 from kdpipe.data.store.format import TARGET_IDS, ArraySpec, hidden_attributes, hidden_specs, lens_prefix, under

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.ledger import Ledger, Row
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Row
 from kdpipe.data.store.format import ArraySpec
 from kdpipe.data.store.metadata import part_rows
 from kdpipe.data.store.reader import Store

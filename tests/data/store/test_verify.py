@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.ledger import Ledger, Row
+from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Row
 from kdpipe.data.store.mend import DAMAGED, examine, mend, size_of
 from kdpipe.data.store.reader import PartReader
 from kdpipe.data.store.shard import METADATA
@@ -187,7 +188,7 @@ def test_a_lost_ledger_is_made_anew(store: Small, edit: Callable[[Small], None])
 
 
 def test_what_was_rejected_after_it_was_made_stays_rejected(store: Small):
-    from kdpipe.data.ledger import Reject
+    from kdpipe.data.ledger_files import Reject
 
     store.ledger.commit(rejects=[Reject("ox", "targets", "k2", "too_long", "now")])
     edit_lost_both(store)

@@ -1,0 +1,65 @@
+"""The tables of a ledger: what is found of damage that no checksum in a Parquet file covers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+
+from kdpipe.data import ledger_files
+from kdpipe.data.ledger_files import (
+    Reject,
+    Row,
+    is_as_written,
+    read_rejects,
+    read_rows,
+    rows_digest,
+    write_rejects,
+    write_rows,
+)
+
+REJECT = Reject("bad", "trace", "kb", "audio_silent", "bad.wav is silent")
+ROWS = [Row(f"s{n}", "trace", f"k{n}", {"audio": f"a{n}"}, "p.zarr", n, 10 + n, cover={"k": 64}) for n in range(2)]
+
+
+@pytest.fixture
+def rejects(tmp_path: Path) -> Path:
+    path = tmp_path / "rejects.parquet"
+    write_rejects(path, [REJECT], tmp_path)
+    return path
+
+
+def test_rows_are_read_back_in_one_order(tmp_path: Path):
+    one, other = tmp_path / "one.parquet", tmp_path / "other.parquet"
+    write_rows(one, ROWS, tmp_path)
+    write_rows(other, reversed(ROWS), tmp_path)
+    assert one.read_bytes() == other.read_bytes() and is_as_written(one)
+    assert read_rows(one) == ROWS and rows_digest(reversed(ROWS)) == rows_digest(read_rows(one))
+
+
+def test_every_flip_in_rejections_is_found(rejects: Path):
+    assert is_as_written(rejects) and read_rejects(rejects) == [REJECT]
+    whole = rejects.read_bytes()
+    for position in range(len(whole)):
+        rejects.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        try:
+            sound = is_as_written(rejects) and read_rejects(rejects) == [REJECT]
+        except ValueError:
+            sound = False
+        assert not sound, f"byte {position}"
+
+
+def test_a_table_of_another_pyarrow_counts_as_written_unless_it_contradicts_itself(rejects: Path, monkeypatch):
+    monkeypatch.setattr(ledger_files, "_this_writer", lambda: "parquet-cpp-arrow version 1.0.0")
+    assert is_as_written(rejects)
+    monkeypatch.setattr(pq, "read_metadata", lambda path: SimpleNamespace(created_by="parquet-cpp-arrow version 2.0.0"))
+    assert not is_as_written(rejects)
+
+
+@pytest.mark.parametrize("read", [read_rows, read_rejects, is_as_written])
+def test_a_folder_is_no_table(tmp_path: Path, read):
+    (tmp_path / "table.parquet").mkdir()
+    with pytest.raises(ValueError, match="a folder, not a file"):
+        read(tmp_path / "table.parquet")
