@@ -52,12 +52,15 @@ class StoredArray:
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise_if_scarce(error)
             raise damaged(part, f"{self._folder / METADATA}: cannot be read ({error!r})") from None
+        self._width = self.shape[1:]
+        self._chunk_rows = 0 if self._grid is None else self._grid.chunk_rows
+        self._shard_rows = 1 if self._grid is None else self._grid.chunk_rows * self._grid.per_shard
         self._zarr: zarr.Array | None = None
         self._otherwise: set[int] = set()
         self._lock = threading.Lock()
-        self._verified: np.ndarray | None = None
+        self._verified: bytearray | None = None
         if verify and self._grid is not None:
-            self._verified = np.zeros(-(-self._grid.rows // self._grid.chunk_rows), bool)
+            self._verified = bytearray(-(-self._grid.rows // self._grid.chunk_rows))
 
     @property
     def is_direct(self) -> bool:
@@ -74,30 +77,28 @@ class StoredArray:
         Raises:
             StoreError: what is read is damaged or missing; names file, part, array, chunk and sample.
         """
-        grid = self._grid
-        if stop > start and grid is not None:
-            first, at = divmod(start, grid.chunk_rows * grid.per_shard)
-            if stop - start <= grid.chunk_rows:
-                try:
-                    shard = self._shard(first)
-                    found = shard.view(at, at + stop - start, self.dtype, self.shape[1:]) if shard is not None else None
-                except Damaged as error:
-                    raise self._error(error, unit) from None
-                if found is not None:
-                    return found
+        if start < stop <= start + self._chunk_rows:
+            number, at = divmod(start, self._shard_rows)
+            try:
+                shard = self._shard(number)
+                found = shard.view(at, at + stop - start, self.dtype, self._width) if shard is not None else None
+            except Damaged as error:
+                raise self._error(error, unit) from None
+            if found is not None:
+                return found
         out = self.read(start, stop, unit)
         out.flags.writeable = False
         return out
 
     def read(self, start: int, stop: int, unit: Mapping[str, Any] | None = None) -> np.ndarray:
         """Rows `[start, stop)` in memory of their own; otherwise like `view`."""
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        out = np.empty((stop - start, *self._width), self.dtype)
         self.read_into(out, start, stop, unit)
         return out
 
     def read_into(self, out: np.ndarray, start: int, stop: int, unit: Mapping[str, Any] | None = None) -> None:
         """Reads rows `[start, stop)` into `out`, contiguous, of the array's dtype; otherwise like `view`."""
-        if out.shape != (stop - start, *self.shape[1:]) or out.dtype != self.dtype or not out.flags.c_contiguous:
+        if out.shape != (stop - start, *self._width) or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ValueError(f"{self._name}: {out.dtype} {out.shape} does not take rows {start} to {stop}")
         if stop <= start:
             return
@@ -105,7 +106,7 @@ class StoredArray:
             self._from_zarr(out, start, stop, unit)
             return
         grid = self._grid
-        flat, in_shard = out.reshape(-1).view(np.uint8), grid.chunk_rows * grid.per_shard
+        flat, in_shard = out.reshape(-1).view(np.uint8), self._shard_rows
         try:
             for number in range(start // in_shard, (stop - 1) // in_shard + 1):
                 low, high = max(start, number * in_shard), min(stop, (number + 1) * in_shard)
@@ -120,14 +121,12 @@ class StoredArray:
 
     def _shard(self, number: int) -> ShardReader | None:
         """The reader of a shard file, or None where its chunks lie otherwise than kdpipe writes them."""
-        grid = self._grid
-        assert grid is not None
-        if number in self._otherwise:
-            return None
         key = (self._key, number)
         found = self._shards.get(key)
-        if found is None:
-            file = shard_file(self._folder, number, len(self.shape) - 1)
+        if found is None and number not in self._otherwise:
+            grid = self._grid
+            assert grid is not None
+            file = shard_file(self._folder, number, len(self._width))
             try:
                 found = ShardReader(file, grid, number * grid.per_shard, self._verified, self._crcs)
             except NotImplementedError:

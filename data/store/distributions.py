@@ -268,10 +268,9 @@ def narrowed(
     `log p_T = (logprob + log_z[1]) / T - log_z[T]`; nothing is lost but the entry.
     """
     ids_TK, logprob_TK = made["ids"], made["logprob"]
-    columns = [layout.temperatures.index(temperature) for temperature in temperatures]
-    log_z_T1 = made["log_z"][:, layout.temperatures.index(1.0)]
     log_z_Tn, log_tail_TnB = made["log_z"], made["log_tail"]
-    if columns != list(range(len(layout.temperatures))):
+    if tuple(temperatures) != layout.temperatures:
+        columns = [layout.temperatures.index(temperature) for temperature in temperatures]
         log_z_Tn, log_tail_TnB = log_z_Tn[:, columns], log_tail_TnB[:, columns]
     width = ids_TK.shape[1]
     dropped_TK = None
@@ -286,7 +285,7 @@ def narrowed(
         log_tail_TnB = _with_dropped(
             np.where(gone_TK, ids_TK, 0)[:, first:],
             np.where(gone_TK, logprob_TK, -np.inf)[:, first:],
-            log_z_T1,
+            made["log_z"][:, layout.temperatures.index(1.0)],
             log_z_Tn,
             log_tail_TnB,
             temperatures,

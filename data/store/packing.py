@@ -77,14 +77,17 @@ def _unpack_periods(flat: np.ndarray, bits: int, period: int, step: int) -> np.n
     """Ids of bytes that hold whole periods: `period` ids in `step` bytes, through one or a few words of 8 bytes."""
     count = len(flat) // step
     ids_cp = np.empty((count, period), np.uint64)
-    mask = np.uint64((1 << bits) - 1)
-    words: dict[int, np.ndarray] = {}
+    words, last = np.empty(0, np.uint64), -1
     for place in range(period):
         bit = place * bits
         byte = 0 if bit + bits <= 64 else min(bit // 8, step - 8)
-        if byte not in words:
-            words[byte] = np.ndarray((count,), "<u8", flat, byte, (step,)).copy()
-        np.bitwise_and(words[byte] >> np.uint64(bit - 8 * byte), mask, out=ids_cp[:, place])
+        if byte != last:
+            words, last = np.ndarray((count,), "<u8", flat, byte, (step,)).copy(), byte
+        if bit == 8 * byte:
+            ids_cp[:, place] = words
+        else:
+            np.right_shift(words, np.uint64(bit - 8 * byte), out=ids_cp[:, place])
+    ids_cp &= np.uint64((1 << bits) - 1)
     return ids_cp.view(np.int64)
 
 

@@ -33,7 +33,7 @@ OPEN_PARTS = 64
 """Parts a `Store` keeps open."""
 
 OPEN_FILES = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-"""Shard files a `Store` keeps open, at two file descriptors each: half of what the system allows at most."""
+"""Shard files a `Store` keeps open, at a file descriptor each: a quarter of what the system allows at most."""
 
 
 class _Recent:

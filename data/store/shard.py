@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from fastcrc.crc32 import iscsi as crc32c
 
 from kdpipe.data.store.format import STORED_AS, ArraySpec
 
@@ -28,12 +28,9 @@ EMPTY = 2**64 - 1
 METADATA = "zarr.json"
 
 
-def crc_of(*pieces: np.ndarray) -> bytes:
-    """CRC32C of bytes that lie in several contiguous uint8 arrays, as 4 bytes, little endian."""
-    value = 0
-    for piece in pieces:
-        value = google_crc32c.extend(value, piece)  # type: ignore[arg-type]
-    return value.to_bytes(CRC_BYTES, "little")
+def crc_of(data: np.ndarray) -> bytes:
+    """CRC32C of a contiguous uint8 array, as 4 bytes, little endian."""
+    return crc32c(data.data).to_bytes(CRC_BYTES, "little")
 
 
 def as_json(document: Any) -> bytes:

@@ -254,7 +254,7 @@ class PartCheck:
         grid, spec, folder = self._grids[name], self._specs[name], self.part / name
         assert self.attributes is not None
         crcs = crcs_of(self.attributes, name)
-        verified = np.zeros(-(-grid.rows // grid.chunk_rows), bool)
+        verified = bytearray(-(-grid.rows // grid.chunk_rows))
         stored, in_shard = np.dtype(STORED_AS[spec.dtype]), grid.chunk_rows * grid.per_shard
         for number in range(-(-grid.rows // in_shard)):
             file, first = shard_file(folder, number, len(spec.width)), number * in_shard
