@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdpipe.data.fields import Fields
 from kdpipe.data.hashing import digest
 from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context, StagePlan, Wanted
@@ -57,7 +58,7 @@ class CacheTeachers:
             row = upstream.ledger.get(*pair) if pair in upstream.fresh else None
             own = {**sample_fields(ctx, sample), "content": row.content if row is not None else ""}
             for source in needs.sources:
-                fields = common[source] | {name: own[name] for name in _OF_SAMPLE[source]}
+                fields = Fields(common[source], own, _OF_SAMPLE[source])
                 want = Wanted(sample.id, source, fields, covers[source], None if row is not None else UPSTREAM)
                 wants.append(want)
                 if source == "targets" and row is not None and rejected.get(sample.id) == want.key:
