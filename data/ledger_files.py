@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
@@ -149,21 +149,20 @@ def write_rows(manifest: Path, rows: Iterable[Row], tmp: Path) -> None:
     import pyarrow as pa
 
     ordered = sorted(rows, key=attrgetter("source", "part", "row", "id"))
-    numbers = {"row", "tokens", "length"}
-    schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in _ROW_COLUMNS])
 
-    def columns(some: Sequence[Row]) -> list[list[Any]]:
-        return [
-            [json.dumps(dict(getattr(row, name)), sort_keys=True) for row in some]
-            if name in ("fields", "cover")
-            else [getattr(row, name) for row in some]
-            for name in _ROW_COLUMNS
-        ]
+    def value(row: Row, name: str) -> str | int:
+        found = getattr(row, name)
+        return json.dumps(dict(found), sort_keys=True) if name in ("fields", "cover") else found
 
-    # Batch by batch: as Python's texts a table takes twice as much.
-    starts = range(0, len(ordered), _BATCH_ROWS)
-    batches = [pa.record_batch(columns(ordered[start : start + _BATCH_ROWS]), schema=schema) for start in starts]
-    _write_table(manifest, pa.Table.from_batches(batches, schema), tmp)
+    def column(name: str) -> pa.Array:
+        # Batch by batch, since Python's texts take twice the memory, and then in one piece: where pages of the file
+        # end depends on the pieces.
+        kind = pa.int64() if name in ("row", "tokens", "length") else pa.string()
+        starts = range(0, len(ordered), _BATCH_ROWS)
+        pieces = [pa.array([value(r, name) for r in ordered[start : start + _BATCH_ROWS]], kind) for start in starts]
+        return pa.chunked_array(pieces, kind).combine_chunks()
+
+    _write_table(manifest, pa.table({name: column(name) for name in _ROW_COLUMNS}), tmp)
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject], tmp: Path) -> None:

@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault(name, value)
     try:
         ctx = Request(Path(config_file), tuple(overrides)).context()
-        plan = make_plans(ctx, stage)[stage]
-        STAGES[stage].run(ctx, plan.todo)
+        todo = make_plans(ctx, stage)[stage].todo  # the rest of the plans is let go
+        STAGES[stage].run(ctx, todo)
         ctx.prints.save()
     except KdpipeError as error:
         print(f"Error: {error}", file=sys.stderr)
