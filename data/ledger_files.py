@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
@@ -111,13 +111,13 @@ def read_rows(manifest: Path) -> list[Row]:
     rows = []
     try:
         # Batch by batch, and what stands in many rows kept once: a table is much larger as objects.
-        for batch in _read_table(manifest).select(list(_ROW_COLUMNS)).to_batches(max_chunksize=_BATCH_ROWS):
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for batch in _read_batches(manifest):
+            for values in zip(*(batch.column(name).to_pylist() for name in _ROW_COLUMNS), strict=True):
                 sample, source, key, text, part, place, tokens, length, content, cover = values
                 if cover not in covers:
                     covers[cover] = json.loads(cover)
                 where = sys.intern(source), key, share(json.loads(text)), sys.intern(part)
-                rows.append(Row(sys.intern(sample), *where, place, tokens, length, content, covers[cover]))
+                rows.append(Row(sample, *where, place, tokens, length, content, covers[cover]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a manifest: {error!r}") from None
     return rows
@@ -225,6 +225,18 @@ def _write_table(target: Path, table: pa.Table, tmp: Path) -> None:
     import pyarrow.parquet as pq
 
     write_atomically(target, lambda path: pq.write_table(table, path, write_page_checksum=True), tmp)
+
+
+def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The same as `_read_table`, some rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from file.iter_batches(_BATCH_ROWS, columns=list(_ROW_COLUMNS), use_threads=False)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
 
 
 def _read_table(path: Path) -> pa.Table:

@@ -21,7 +21,7 @@ from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context, StagePlan, Wanted
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.config import TeachersConfig
-from kdpipe.stages.textualize.stage import sample_fields
+from kdpipe.stages.textualize.stage import SAMPLE_FIELDS, sample_fields
 
 UPSTREAM = "textualize"
 
@@ -56,9 +56,9 @@ class CacheTeachers:
             if pair in upstream.rejected:
                 continue
             row = upstream.ledger.get(*pair) if pair in upstream.fresh else None
-            own = {**sample_fields(ctx, sample), "content": row.content if row is not None else ""}
+            own = (*sample_fields(ctx, sample).values(), row.content if row is not None else "")
             for source in needs.sources:
-                fields = Fields(common[source], own, _OF_SAMPLE[source])
+                fields = Fields(common[source], _PLACES[source], own)
                 want = Wanted(sample.id, source, fields, covers[source], None if row is not None else UPSTREAM)
                 wants.append(want)
                 if source == "targets" and row is not None and rejected.get(sample.id) == want.key:
@@ -85,6 +85,9 @@ _OF_SAMPLE = {
     "acoustic_top": ("content", "question", "choices", "audio", "span"),
 }
 """Which digests of a sample are in the key of each source."""
+
+_OWN = (*SAMPLE_FIELDS, "content")
+_PLACES = {source: {name: _OWN.index(name) for name in names} for source, names in _OF_SAMPLE.items()}
 
 
 def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str, dict[str, str]]:

@@ -16,8 +16,11 @@ from kdpipe.stages.models.folder import resolve
 from kdpipe.stages.textualize.table import SOURCE
 
 
-_OF_SAMPLE = ("audio", "span", "question", "choices", "answer")
-_OF_GIVEN = (*_OF_SAMPLE, "given")
+SAMPLE_FIELDS = ("audio", "span", "question", "choices", "answer")
+"""Names of what `sample_fields` gives, in order."""
+
+_PLACES = {name: place for place, name in enumerate(SAMPLE_FIELDS)}
+_PLACES_GIVEN = _PLACES | {"given": len(_PLACES)}
 
 
 def sample_fields(ctx: Context, sample: Sample) -> dict[str, str]:
@@ -28,7 +31,7 @@ def sample_fields(ctx: Context, sample: Sample) -> dict[str, str]:
     return {
         "audio": intern(digest([_audio_digest(ctx, ref) for ref in sample.audio])),
         "span": intern(digest([sample.start, sample.end])),
-        "question": intern(digest(sample.question)),
+        "question": digest(sample.question),
         "choices": intern(digest(sample.choices)),
         "answer": intern(digest(sample.answer)),
     }
@@ -91,11 +94,11 @@ class Textualize:
         wants = []
         for sample in samples:
             describes, traces = sample.description is None, sample.trace is None
-            own, names = sample_fields(ctx, sample), _OF_SAMPLE
+            own, places = tuple(sample_fields(ctx, sample).values()), _PLACES
             if not describes or not traces:
-                own["given"] = digest([sample.description, *((sample.trace, sample.response) if not traces else ())])
-                names = _OF_GIVEN
-            wants.append(Wanted(sample.id, SOURCE, Fields(shared(describes, traces), own, names)))
+                given = digest([sample.description, *((sample.trace, sample.response) if not traces else ())])
+                own, places = (*own, given), _PLACES_GIVEN
+            wants.append(Wanted(sample.id, SOURCE, Fields(shared(describes, traces), places, own)))
         return wants
 
     def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:
