@@ -232,6 +232,8 @@ def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if path.is_dir():
+        raise ValueError("a folder, not a file")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield from file.iter_batches(_BATCH_ROWS, columns=list(_ROW_COLUMNS), use_threads=False)
