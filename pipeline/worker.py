@@ -21,8 +21,10 @@ DEFAULTS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
-"""Defaults of environment variables: libraries do not write over the progress bar, and Arrow gives memory back, of which
-its own allocator keeps some 70 MiB after a manifest of 40,000 rows."""
+"""Defaults of environment variables: libraries do not write over the progress bar, and Arrow gives its memory back.
+
+(Its own allocator keeps some 70 MiB after it has written a manifest of 40,000 rows.)
+"""
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,6 @@ from kdpipe.stages.config import ModelConfig, identity_of
 from kdpipe.stages.models.folder import resolve
 from kdpipe.stages.textualize.table import SOURCE
 
-
 SAMPLE_FIELDS = ("audio", "span", "question", "choices", "answer")
 """Names of what `sample_fields` gives, in order."""
 

@@ -32,7 +32,8 @@ def ask(what: str, folder: Path, **settings: Any) -> dict[str, Any]:
     """
     answer = folder.with_name(f"{folder.name}.json")
     request = json.dumps({"what": what, "answer": str(answer), "folder": str(folder), **settings})
-    done = subprocess.run([sys.executable, str(CHILD), request], capture_output=True, text=True, env=DEFAULTS | os.environ)
+    environment = DEFAULTS | os.environ  # as the process of a stage has it
+    done = subprocess.run([sys.executable, str(CHILD), request], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{request}: ended with code {done.returncode}\n{done.stderr[-4000:]}")
     content = json.loads(answer.read_text())
