@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.data.fields import Sharing
 from kdpipe.data.files import write_atomically
-from kdpipe.data.hashing import digest, digest_file
+from kdpipe.data.hashing import digest, digest_each, digest_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,10 +70,9 @@ class Reject:
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """Digest of rows in any order: the name of their manifest."""
-    return digest(
-        sorted((r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, dict(r.cover), r.content) for r in rows)
-    )
+    """Digest of rows in any order, one for each sample and source: the name of their manifest."""
+    ordered = sorted(rows, key=attrgetter("id", "source"))
+    return digest_each((r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, r.cover, r.content) for r in ordered)
 
 
 def rejects_digest(rejects: Iterable[Reject]) -> str:
@@ -106,16 +107,16 @@ def read_rows(manifest: Path) -> list[Row]:
         ValueError: it cannot be read.
     """
     covers: dict[str, dict[str, Any]] = {}
+    share = Sharing()
     rows = []
     try:
-        # Batch by batch, and the same digests, which stand in many rows, kept once: a table is much larger as objects.
-        for batch in _read_table(manifest).select(list(_ROW_COLUMNS)).to_batches(max_chunksize=_BATCH_ROWS):
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        # Batch by batch, and what stands in many rows kept once: a table is much larger as objects.
+        for batch in _read_batches(manifest):
+            for values in zip(*(batch.column(name).to_pylist() for name in _ROW_COLUMNS), strict=True):
                 sample, source, key, text, part, place, tokens, length, content, cover = values
                 if cover not in covers:
                     covers[cover] = json.loads(cover)
-                fields = {sys.intern(name): sys.intern(value) for name, value in json.loads(text).items()}
-                where = sys.intern(source), key, fields, sys.intern(part)
+                where = sys.intern(source), key, share(json.loads(text)), sys.intern(part)
                 rows.append(Row(sample, *where, place, tokens, length, content, covers[cover]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a manifest: {error!r}") from None
@@ -147,22 +148,21 @@ def write_rows(manifest: Path, rows: Iterable[Row], tmp: Path) -> None:
     """
     import pyarrow as pa
 
-    ordered = sorted(rows, key=lambda row: (row.source, row.part, row.row, row.id))
+    ordered = sorted(rows, key=attrgetter("source", "part", "row", "id"))
 
-    def text(value: Mapping[str, Any]) -> str:
-        return json.dumps(dict(value), sort_keys=True)
+    def value(row: Row, name: str) -> str | int:
+        found = getattr(row, name)
+        return json.dumps(dict(found), sort_keys=True) if name in ("fields", "cover") else found
 
-    types = {"row": pa.int64(), "tokens": pa.int64(), "length": pa.int64()}
-    table = pa.table(
-        {
-            name: pa.array(
-                [text(getattr(r, name)) if name in ("fields", "cover") else getattr(r, name) for r in ordered],
-                types.get(name, pa.string()),
-            )
-            for name in _ROW_COLUMNS
-        }
-    )
-    _write_table(manifest, table, tmp)
+    def column(name: str) -> pa.Array:
+        # Batch by batch, since Python's texts take twice the memory, and then in one piece: where pages of the file
+        # end depends on the pieces.
+        kind = pa.int64() if name in ("row", "tokens", "length") else pa.string()
+        starts = range(0, len(ordered), _BATCH_ROWS)
+        pieces = [pa.array([value(r, name) for r in ordered[start : start + _BATCH_ROWS]], kind) for start in starts]
+        return pa.chunked_array(pieces, kind).combine_chunks()
+
+    _write_table(manifest, pa.table({name: column(name) for name in _ROW_COLUMNS}), tmp)
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject], tmp: Path) -> None:
@@ -225,6 +225,20 @@ def _write_table(target: Path, table: pa.Table, tmp: Path) -> None:
     import pyarrow.parquet as pq
 
     write_atomically(target, lambda path: pq.write_table(table, path, write_page_checksum=True), tmp)
+
+
+def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The same as `_read_table`, some rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.is_dir():
+        raise ValueError("a folder, not a file")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from file.iter_batches(_BATCH_ROWS, columns=list(_ROW_COLUMNS), use_threads=False)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
 
 
 def _read_table(path: Path) -> pa.Table:

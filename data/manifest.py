@@ -23,6 +23,7 @@ DEFAULT_SPLIT = "train"
 """The split of rows that name none."""
 
 _TEXT_COLUMNS = ("answer", "task", "split", "trace", "response", "description")
+_NO_EXTRA: Mapping[str, Any] = {}
 _COLUMNS = frozenset(("id", "audio", "question", "choices", "start", "end", *_TEXT_COLUMNS))
 
 
@@ -161,6 +162,13 @@ class _Folder:
         self._allow_outside = allow_outside
         self._links: dict[str, frozenset[str]] = {}
         self._parents: dict[str, Path] = {}
+        self._clips: dict[str, AudioRef] = {}
+
+    def clip(self, name: str) -> AudioRef:
+        """The clip `name`, one object for all rows that are about it."""
+        if name not in self._clips:
+            self._clips[name] = AudioRef(self.join(name), None, name)
+        return self._clips[name]
 
     def join(self, name: str) -> Path:
         """The path of `name`; each parent is parsed once, since pathlib takes longer than all the rest of a row."""
@@ -228,7 +236,7 @@ def _sample(row: dict[str, Any], where: str, folder: _Folder, problems: Problems
         **{column: _text(row, column, where, problems) for column in _TEXT_COLUMNS},
         start=start,
         end=end,
-        extra={column: value for column, value in row.items() if column not in _COLUMNS},
+        extra={column: value for column, value in row.items() if column not in _COLUMNS} or _NO_EXTRA,
     )
 
 
@@ -255,7 +263,7 @@ def _audio(clip: Any, identifier: str, where: str, folder: _Folder, problems: Pr
             "or allow it with `data.allow_outside: true`",
         )
     else:
-        return AudioRef(folder.join(clip), None, clip)
+        return folder.clip(clip)
     return AudioRef(None, None, name)
 
 

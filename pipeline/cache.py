@@ -146,13 +146,13 @@ def compare_live(ctx: Context, count: int) -> list[str]:
         KdpipeError: nothing is cached yet, another process works in the run folder, or a teacher cannot be loaded.
     """
     from kdpipe.pipeline.plan import make_plans
-    from kdpipe.pipeline.worker import QUIET
+    from kdpipe.pipeline.worker import DEFAULTS
 
     store_folder(ctx)
     with _lock(ctx):
         plan = make_plans(ctx, STAGE.name)[STAGE.name]
         fresh = [want for want in plan.wanted if (want.id, want.source) in plan.fresh]
-        for name, value in QUIET.items():
+        for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
         from kdpipe.stages.cache_teachers.live import compare
 

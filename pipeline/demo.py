@@ -20,7 +20,7 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import build_aside, move_into_place
 from kdpipe.pipeline.runner import Request, bring_up_to_date
 from kdpipe.pipeline.unforeseen import unforeseen
-from kdpipe.pipeline.worker import QUIET
+from kdpipe.pipeline.worker import DEFAULTS
 from kdpipe.stages.miniature import world
 
 SEED = 0
@@ -109,7 +109,7 @@ def run_demo(folder: Path) -> None:
     if not (folder / "models").exists():
         click.echo("Teaching a miniature Qwen3 teacher to reason and a miniature Qwen2.5-Omni student to hear.")
         command = [sys.executable, "-P", "-m", "kdpipe.pipeline.demo", str(folder)]
-        if subprocess.run(command, env=QUIET | os.environ).returncode:
+        if subprocess.run(command, env=DEFAULTS | os.environ).returncode:
             raise KdpipeError("demo: the miniature models could not be made; see above. Run the command again.")
     requests = {}
     for name, distil in ((".", True), ("sft", False)):

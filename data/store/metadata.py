@@ -39,7 +39,10 @@ def metadata_digest(part: Path) -> str:
         OSError: a file is missing or cannot be read.
         ValueError: a file is not JSON.
     """
-    root = json.loads((part / _FILE).read_bytes())
+    return _digest_below(part, json.loads((part / _FILE).read_bytes()))
+
+
+def _digest_below(part: Path, root: Mapping[str, Any]) -> str:
     folders = folder_names(root["attributes"][ATTRIBUTE])
     return documents_digest(root, {name: json.loads((part / name / _FILE).read_bytes()) for name in folders})
 
@@ -80,7 +83,8 @@ def load_attributes(part: Path) -> dict[str, Any]:
     """
     file = part / _FILE
     try:
-        attributes = json.loads(file.read_bytes())["attributes"][ATTRIBUTE]
+        root = json.loads(file.read_bytes())
+        attributes = root["attributes"][ATTRIBUTE]
         version = attributes["format"]
     except FileNotFoundError:
         raise damaged(part, f"{file}: missing") from None
@@ -90,7 +94,7 @@ def load_attributes(part: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise damaged(part, f"{file}: written in format {version}, and this kdpipe reads format {FORMAT}")
     try:
-        found = metadata_digest(part)
+        found = _digest_below(part, root)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_if_scarce(error)
         raise damaged(part, f"{part}: its metadata cannot be read ({error!r})") from None

@@ -36,6 +36,9 @@ OPEN_FILES = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 """Shard files a `Store` keeps open, at a file descriptor each: a quarter of what the system allows at most."""
 
 
+_OF_LEDGER = frozenset({"fields", "cover", "content"})
+
+
 class _Recent:
     """The values used last, at most `limit`; safe to use from several threads."""
 
@@ -69,9 +72,10 @@ class PartReader:
         shards: files kept open, to share with other parts; None: of its own.
 
     Attributes:
-        attributes: what kdpipe says about the part; see `docs/format.md`.
+        attributes: what kdpipe says about the part but for its units; see `docs/format.md`.
         source: whose units these are.
-        units: one mapping a unit, with `id`, `key`, `tokens` and what the writer added.
+        units: one mapping a unit, with `id`, `key`, `tokens` and what the writer added, but for what says nothing of
+            arrays and is for the ledger alone: `fields`, `cover` and `content` are most of it.
 
     Raises:
         StoreError: the part is missing, damaged, or of another format version.
@@ -79,9 +83,12 @@ class PartReader:
 
     def __init__(self, path: Path, *, verify: bool = True, shards: OpenShards | None = None):
         self.path = path
-        self.attributes: Mapping[str, Any] = load_attributes(path)
-        self.source: str = self.attributes["source"]
-        self.units: Sequence[Mapping[str, Any]] = self.attributes["units"]
+        attributes = load_attributes(path)
+        self.attributes: Mapping[str, Any] = {name: attributes[name] for name in attributes if name != "units"}
+        self.source: str = attributes["source"]
+        self.units: Sequence[Mapping[str, Any]] = [
+            {name: value for name, value in unit.items() if name not in _OF_LEDGER} for unit in attributes["units"]
+        ]
         self._verify = verify
         self._shards = shards if shards is not None else OpenShards(OPEN_FILES)
         self._arrays: dict[str, StoredArray] = {}

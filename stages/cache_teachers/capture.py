@@ -28,7 +28,7 @@ FIDELITY_ROWS = 256
 """Rows of a layer, evenly spaced, on which a codec is measured in each forward pass."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """One unit to make.
 

@@ -32,7 +32,7 @@ from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.parallel import open_teacher
 from kdpipe.stages.progress import progress
-from kdpipe.stages.textualize.table import read_traces
+from kdpipe.stages.textualize.table import read_descriptions
 
 _SPARE = 16
 """Live entries beyond twice the stored ones, so that a stored id is next to always among them."""
@@ -117,12 +117,12 @@ def compare(ctx: Context, fresh: Sequence[Wanted], count: int) -> dict[str, Diff
     found: dict[str, Difference] = {}
     if chosen["textual"]:
         assert work.needs.textual is not None
-        traces = read_traces(work.traces, {want.id for want in chosen["textual"]})
+        said = read_descriptions(work.traces, {want.id for want in chosen["textual"]})
         found |= _ask(
             work,
             work.needs.textual,
             {"textual": chosen["textual"]},
-            {"textual": lambda encoder, want: read_job(work, encoder, want, traces[want.id].description)},
+            {"textual": lambda encoder, want: read_job(work, encoder, want, said[want.id])},
         )
     heard = {source: chosen[source] for source in ("acoustic", "acoustic_top") if chosen[source]}
     if heard:

@@ -123,9 +123,10 @@ def adopt(ledger: Ledger, todo: Sequence[Wanted]) -> list[Wanted]:
     Returns:
         What is left to be made.
     """
-    wanted = {(want.id, want.source): want for want in todo}
+    stray = ledger.unreferenced_parts()
+    wanted = {(want.id, want.source): want for want in todo} if stray else {}
     found: dict[tuple[str, str], Row] = {}
-    for path in ledger.unreferenced_parts():
+    for path in stray:
         try:
             rows = part_rows(path)
         except StoreError:

@@ -21,13 +21,13 @@ from kdpipe.stages.base import Context, Wanted, covers
 from kdpipe.stages.cache_teachers.capture import Job
 from kdpipe.stages.cache_teachers.parts import adopt
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
-from kdpipe.stages.cache_teachers.shape import together
+from kdpipe.stages.cache_teachers.shape import WINDOW_PARTS, together
 from kdpipe.stages.cache_teachers.stage import STAGE, UPSTREAM
 from kdpipe.stages.cache_teachers.targets import THREADS, make_targets, refuse_long
 from kdpipe.stages.cache_teachers.teach import Task, Teacher, write_served
 from kdpipe.stages.models.inputs import AUDIO_TOKEN, Encoder, Example
 from kdpipe.stages.models.prompt import fill, refuse_special
-from kdpipe.stages.textualize.table import read_traces
+from kdpipe.stages.textualize.table import read_descriptions
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Work:
         ledger = ctx.ledger(STAGE.name)
         samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
         places = {sample: place for place, sample in enumerate(samples)}
-        return Work(ctx, ledger, ctx.ledger(UPSTREAM), requirements(ctx), samples, places, Store(ledger.parts, ledger))
+        store = Store(ledger.parts, ledger, open_parts=WINDOW_PARTS)  # targets are read in the order of the manifest
+        return Work(ctx, ledger, ctx.ledger(UPSTREAM), requirements(ctx), samples, places, store)
 
 
 def run(ctx: Context, todo: Sequence[Wanted]) -> None:
@@ -103,8 +104,8 @@ def _textual(work: Work, wants: Sequence[Wanted]) -> None:
     encoder = Encoder(folder)
 
     def build(wants: Sequence[Wanted]) -> list[Job]:
-        traces = read_traces(work.traces, {want.id for want in wants})
-        return _build_all(work, wants, lambda want: read_job(work, encoder, want, traces[want.id].description))
+        said = read_descriptions(work.traces, {want.id for want in wants})
+        return _build_all(work, wants, lambda want: read_job(work, encoder, want, said[want.id]))
 
     task = Task("textual", wants, "response", build)
     if asks.engine == "vllm":
@@ -194,10 +195,11 @@ def _build_all(work: Work, items: Sequence[Any], build: Callable[[Any], Job]) ->
             return [Reject(want.id, want.source, want.key, rejected.reason, rejected.detail) for want in wants]
 
     jobs: list[Job] = []
+    covers: dict[str, Mapping[str, Any]] = {}
     rejects: list[Reject] = []
     for made in prefetch(items, attempt, depth=16 * THREADS, threads=THREADS):
         if isinstance(made, Job):
-            jobs.append(made)
+            jobs.append(replace(made, cover=covers.setdefault(repr(made.cover), made.cover)))
         else:
             rejects += made
     if rejects:

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdpipe.data.fields import Fields
 from kdpipe.data.hashing import digest
 from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context, StagePlan, Wanted
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.config import TeachersConfig
-from kdpipe.stages.textualize.stage import sample_fields
+from kdpipe.stages.textualize.stage import SAMPLE_FIELDS, sample_fields
 
 UPSTREAM = "textualize"
 
@@ -55,9 +56,9 @@ class CacheTeachers:
             if pair in upstream.rejected:
                 continue
             row = upstream.ledger.get(*pair) if pair in upstream.fresh else None
-            own = {**sample_fields(ctx, sample), "content": row.content if row is not None else ""}
+            own = (*sample_fields(ctx, sample).values(), row.content if row is not None else "")
             for source in needs.sources:
-                fields = common[source] | {name: own[name] for name in _OF_SAMPLE[source]}
+                fields = Fields(common[source], _PLACES[source], own)
                 want = Wanted(sample.id, source, fields, covers[source], None if row is not None else UPSTREAM)
                 wants.append(want)
                 if source == "targets" and row is not None and rejected.get(sample.id) == want.key:
@@ -84,6 +85,9 @@ _OF_SAMPLE = {
     "acoustic_top": ("content", "question", "choices", "audio", "span"),
 }
 """Which digests of a sample are in the key of each source."""
+
+_OWN = (*SAMPLE_FIELDS, "content")
+_PLACES = {source: {name: _OWN.index(name) for name in names} for source, names in _OF_SAMPLE.items()}
 
 
 def _common_fields(ctx: Context, needs: Requirements, version: int) -> dict[str, dict[str, str]]:

@@ -31,7 +31,7 @@ AUDIO_TOKEN = "<|AUDIO|>"
 TURN_END = "<|im_end|>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One sequence: a prompt whose audio placeholders are expanded, and the response that follows it.
 

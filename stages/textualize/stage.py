@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from sys import intern
 
+from kdpipe.data.fields import Fields
 from kdpipe.data.hashing import digest, digest_bytes
 from kdpipe.data.manifest import AudioRef, Sample
 from kdpipe.stages.base import Context, StagePlan, Wanted
 from kdpipe.stages.config import ModelConfig, identity_of
 from kdpipe.stages.models.folder import resolve
 from kdpipe.stages.textualize.table import SOURCE
+
+SAMPLE_FIELDS = ("audio", "span", "question", "choices", "answer")
+"""Names of what `sample_fields` gives, in order."""
+
+_PLACES = {name: place for place, name in enumerate(SAMPLE_FIELDS)}
+_PLACES_GIVEN = _PLACES | {"given": len(_PLACES)}
 
 
 def sample_fields(ctx: Context, sample: Sample) -> dict[str, str]:
@@ -19,11 +28,11 @@ def sample_fields(ctx: Context, sample: Sample) -> dict[str, str]:
     A clip that cannot be read gives `missing`: the sample is then rejected, and tried again when the clip appears.
     """
     return {
-        "audio": digest([_audio_digest(ctx, ref) for ref in sample.audio]),
-        "span": digest([sample.start, sample.end]),
+        "audio": intern(digest([_audio_digest(ctx, ref) for ref in sample.audio])),
+        "span": intern(digest([sample.start, sample.end])),
         "question": digest(sample.question),
-        "choices": digest(sample.choices),
-        "answer": digest(sample.answer),
+        "choices": intern(digest(sample.choices)),
+        "answer": intern(digest(sample.answer)),
     }
 
 
@@ -69,19 +78,26 @@ class Textualize:
         seconds = ctx.config.data.max_seconds
         decoded, generated = digest([seconds]), digest([seconds, identity_of(config.engine)])
         seed = digest(config.seed)
-        wants = []
-        for sample in samples:
-            describes, traces = sample.description is None, sample.trace is None
-            fields = common | sample_fields(ctx, sample) | {"limits": generated if describes or traces else decoded}
-            if not describes or not traces:
-                fields["given"] = digest([sample.description, *((sample.trace, sample.response) if not traces else ())])
+
+        @cache
+        def shared(describes: bool, traces: bool) -> dict[str, str]:
+            fields = common | {"limits": generated if describes or traces else decoded}
             if describes:
                 fields |= describe_fields
             if traces:
                 fields |= trace_fields
             if (describes and config.describe.temperature > 0) or (traces and config.trace.temperature > 0):
                 fields["seed"] = seed
-            wants.append(Wanted(sample.id, SOURCE, fields))
+            return fields
+
+        wants = []
+        for sample in samples:
+            describes, traces = sample.description is None, sample.trace is None
+            own, places = tuple(sample_fields(ctx, sample).values()), _PLACES
+            if not describes or not traces:
+                given = digest([sample.description, *((sample.trace, sample.response) if not traces else ())])
+                own, places = (*own, given), _PLACES_GIVEN
+            wants.append(Wanted(sample.id, SOURCE, Fields(shared(describes, traces), places, own)))
         return wants
 
     def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:

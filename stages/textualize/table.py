@@ -110,6 +110,11 @@ def read_traces(source: Context | Ledger, samples: Collection[str] | None = None
     return {row.id: _trace_row(record) for row, record in read_records(ledger, samples)}
 
 
+def read_descriptions(ledger: Ledger, samples: Collection[str]) -> dict[str, str]:
+    """Descriptions alone, by sample id; otherwise like `read_traces`."""
+    return {row.id: record["description"] for row, record in read_records(ledger, samples)}
+
+
 def _trace_row(record: Mapping[str, Any]) -> TraceRow:
     prefix = section_column("")
     return TraceRow(

@@ -7,12 +7,15 @@ the stage makes.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from kdpipe.pipeline.worker import DEFAULTS
 
 CHILD = Path(__file__).with_name("capture_child.py")
 CASES = ("k 64", "k 64, 8 tail blocks, 3 lens layers", "k 64, bfloat16")
@@ -29,7 +32,8 @@ def ask(what: str, folder: Path, **settings: Any) -> dict[str, Any]:
     """
     answer = folder.with_name(f"{folder.name}.json")
     request = json.dumps({"what": what, "answer": str(answer), "folder": str(folder), **settings})
-    done = subprocess.run([sys.executable, str(CHILD), request], capture_output=True, text=True)
+    environment = DEFAULTS | os.environ  # as the process of a stage has it
+    done = subprocess.run([sys.executable, str(CHILD), request], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{request}: ended with code {done.returncode}\n{done.stderr[-4000:]}")
     content = json.loads(answer.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.data import ledger_files
+from kdpipe.data.fields import Fields
+from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_files import (
     Reject,
     Row,
@@ -37,6 +40,30 @@ def test_rows_are_read_back_in_one_order(tmp_path: Path):
     write_rows(other, reversed(ROWS), tmp_path)
     assert one.read_bytes() == other.read_bytes() and is_as_written(one)
     assert read_rows(one) == ROWS and rows_digest(reversed(ROWS)) == rows_digest(read_rows(one))
+
+
+def test_memory_of_a_manifest_is_that_of_its_rows(tmp_path: Path):
+    shared, count = {f"name{n}": digest(n) for n in range(10)}, 12_000  # three batches
+    places = {"question": 0, "content": 1}
+    rows = [
+        Row(f"s{n}", "textual", digest(n), Fields(shared, places, (digest([n]), digest([n, n]))), "p", n, 10, n)
+        for n in range(count)
+    ]
+    path = tmp_path / "manifest.parquet"
+    tracemalloc.start()
+    try:
+        named = rows_digest(rows)
+        write_rows(path, rows, tmp_path)
+        written = tracemalloc.get_traced_memory()[1] / count
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        found = read_rows(path)
+        held, peak = ((now - before) / count for now in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert found == rows and rows_digest(found) == named and is_as_written(path)
+    assert written < 600, f"{written:.0f} bytes a row to write; all their texts at once are 1,000"
+    assert held < 600 and peak < 1200, f"{held:.0f} bytes a row held, {peak:.0f} to read; as dicts they are 1,200"
 
 
 def test_every_flip_in_rejections_is_found(rejects: Path):

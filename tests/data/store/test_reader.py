@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +53,23 @@ def test_what_a_part_does_not_hold_is_refused(world: World):
         part.hidden(0, 4)
     with pytest.raises(ValueError, match=r"target_ids: uint32 .* does not take rows 5 to 22"):
         part.read_into(2, "target_ids", np.empty(5, np.uint32))
+
+
+def test_an_open_part_holds_nothing_that_is_for_the_ledger(tmp_path: Path):
+    spec, about = ArraySpec("target_ids", (), "uint32"), {"cover": {"k": 64, "temperatures": [1.0, 2.0]}, "length": 9}
+    writer = PartWriter(tmp_path / "a", source="targets", arrays=[spec], attributes={})
+    for n in range(400):
+        fields = {f"name{m}": f"{n:032}" for m in range(12)}
+        writer.append(f"s{n}", f"{n:032}", {"target_ids": np.zeros(2, np.uint32)}, about | {"fields": fields})
+    writer.close()
+    PartReader(tmp_path / "a")
+    tracemalloc.start()
+    part = PartReader(tmp_path / "a")
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0] / 400
+    tracemalloc.stop()
+    assert part.units[3] == {"id": "s3", "key": f"{3:032}", "tokens": 2, "length": 9}
+    assert held < 700, f"{held:.0f} bytes a unit; its fields and cover are 2,000"
 
 
 def test_a_part_without_hidden_states_has_no_layers(tmp_path: Path):

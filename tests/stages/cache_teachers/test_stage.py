@@ -1,6 +1,8 @@
 """What makes which source of which sample stale. Nothing is loaded here but what `made` needs once."""
 
 import dataclasses
+import gc
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,6 +20,25 @@ def stale_sources(run):
 def test_a_finished_run_is_fresh_wherever_it_lies(made, tmp_path):
     assert made.stale() == []
     assert made.copy(tmp_path / "elsewhere").stale() == []
+
+
+def test_what_is_planned_takes_little_memory(made, rows, tmp_path):
+    run = made.copy(tmp_path / "copy")
+    held = []
+    for count in (200, 1000):
+        run.write_manifest([rows[0] | {"id": f"x{n}", "question": f"How many ({n})?"} for n in range(count)])
+        run.textualize()
+        run.again().plan()
+        gc.collect()
+        tracemalloc.start()
+        again = run.again()
+        todo = again.plan().todo
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(todo) == 4 * count and again.ctx.manifest.samples
+    each = (held[1] - held[0]) / 800
+    assert each < 2400, f"{each:.0f} bytes a sample for its row of the manifest and four wants"
 
 
 def test_what_a_question_changes(made, rows, tmp_path):
