@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,9 @@ from kdpipe.data.store.format import STORED_AS, ArraySpec
 from kdpipe.data.store.shard import CRC_BYTES, EMPTY, METADATA, array_document, as_json, crc_of, shard_file
 
 HELD_CHUNKS = 4
-"""Chunks of an array that wait in memory at least before any are written."""
+"""Chunks of an array that wait in memory and are written together."""
 
-_ALIGNED = 2 << 20  # bytes; of a huge page
-_TOGETHER = 32  # chunks handed to one system call at most
+_IOV = 64  # buffers handed to one system call
 
 
 def even_chunk_rows(rows: int, chunk_rows: int) -> int:
@@ -27,9 +27,9 @@ def even_chunk_rows(rows: int, chunk_rows: int) -> int:
 class ArrayWriter:
     """One array being written.
 
-    A few chunks wait in memory. They are written up to a multiple of 2 MiB of the file, where so much waits: a file
-    that is written in other pieces lies in small pages in the page cache, too, and is mapped at half the speed. An
-    array that has no more than these chunks is cut into equal ones, so that next to nothing is filled up at its end.
+    A few chunks wait in memory. They go to the file together, since a file that is written in small pieces lies in
+    small pieces in the page cache, too, and is slower to read; and an array that has no more of them is cut into equal
+    ones, so that next to nothing is filled up at its end.
 
     Args:
         folder: the array's folder; made here.
@@ -48,12 +48,10 @@ class ArrayWriter:
         self._folder = folder
         self._stored = np.dtype(STORED_AS[spec.dtype])
         self._chunk_bytes = spec.chunk_rows * spec.row_bytes
-        self._aligned = min(_ALIGNED, 1 << ((HELD_CHUNKS * self._chunk_bytes // 2).bit_length() - 1))
         self._per_shard = max(1, shard_bytes // self._chunk_bytes)
         self._waiting = np.empty(0, np.uint8)
         self._filled = 0
         self._chunks = 0
-        self._sent = 0  # bytes of the next chunk and its checksum that are in the file
         self._handle: int | None = None
         self.crcs = bytearray()
 
@@ -72,18 +70,21 @@ class ArrayWriter:
             OSError: the disk is full; the part must be thrown away.
         """
         self.rows += len(array)
-        self._wait(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._wait(data)
         if self._filled > HELD_CHUNKS * self._chunk_bytes:
-            self._write(self._chunk_bytes, self._aligned)
+            self._write_waiting()
 
     def close(self) -> None:
         """Writes what waits, the index and `zarr.json`."""
         chunk_rows = self.spec.chunk_rows
-        if self._handle is None and not self._chunks:
+        if not self._chunks:
             chunk_rows = even_chunk_rows(self.rows, chunk_rows)
         chunk_bytes = chunk_rows * self.spec.row_bytes
-        self._wait(np.zeros(-self._filled % chunk_bytes, np.uint8))
-        self._write(chunk_bytes, aligned=1)
+        if self._filled:
+            whole = -(-self._filled // chunk_bytes)
+            self._wait(np.zeros(whole * chunk_bytes - self._filled, np.uint8))
+            self._write(np.split(self._waiting[: self._filled], whole), chunk_bytes)
         chunks = min(self._per_shard, max(1, self._chunks))
         if self._handle is not None:
             self._finish(chunk_bytes, chunks)
@@ -104,33 +105,31 @@ class ArrayWriter:
         self._waiting[self._filled : self._filled + len(piece)] = piece
         self._filled += len(piece)
 
-    def _write(self, chunk_bytes: int, aligned: int) -> None:
-        """Writes the whole chunks of what waits, but for what lies behind the last multiple of `aligned` bytes of the
-        file, unless the shard is full."""
-        stride, done = chunk_bytes + CRC_BYTES, 0
-        while whole := self._filled // chunk_bytes - done:
+    def _write_waiting(self) -> None:
+        """Writes the whole chunks of what waits."""
+        whole = self._filled // self._chunk_bytes
+        size = whole * self._chunk_bytes
+        self._write(np.split(self._waiting[:size], whole), self._chunk_bytes)
+        self._waiting[: self._filled - size] = self._waiting[size : self._filled]
+        self._filled -= size
+
+    def _write(self, chunks: Sequence[np.ndarray], chunk_bytes: int) -> None:
+        place = 0
+        while place < len(chunks):
             in_shard = self._chunks % self._per_shard
-            taken = min(whole, self._per_shard - in_shard, _TOGETHER)
-            end = (in_shard + taken) * stride
-            if in_shard + taken < self._per_shard:
-                end -= end % aligned
-            size = end - in_shard * stride - self._sent
-            if size <= 0:
-                break
-            if self._handle is None:
+            if in_shard == 0:
+                if self._handle is not None:
+                    self._finish(chunk_bytes, self._per_shard)
                 self._open(self._chunks // self._per_shard)
-            chunks = [self._waiting[at * chunk_bytes : (at + 1) * chunk_bytes] for at in range(done, done + taken)]
-            crcs = [crc_of(chunk) for chunk in chunks]
-            pieces = [piece for chunk, crc in zip(chunks, crcs, strict=True) for piece in (chunk.data, memoryview(crc))]
-            self._out(pieces, self._sent, size)
-            written, self._sent = divmod(self._sent + size, stride)
-            self.crcs += b"".join(crcs[:written])
-            self._chunks += written
-            done += written
-            if in_shard + written == self._per_shard:
-                self._finish(chunk_bytes, self._per_shard)
-        self._filled -= done * chunk_bytes
-        self._waiting[: self._filled] = self._waiting[done * chunk_bytes : done * chunk_bytes + self._filled]
+            taken = chunks[place : place + min(self._per_shard - in_shard, _IOV // 2)]
+            pieces: list[Any] = []
+            for chunk in taken:
+                crc = crc_of(chunk)
+                self.crcs += crc
+                pieces += [chunk, crc]
+            self._out(pieces)
+            self._chunks += len(taken)
+            place += len(taken)
 
     def _open(self, number: int) -> None:
         file = shard_file(self._folder, number, len(self.spec.width))
@@ -145,19 +144,15 @@ class ArrayWriter:
         index[:there, 0] = np.arange(there) * (chunk_bytes + CRC_BYTES)
         index[:there, 1] = chunk_bytes + CRC_BYTES
         raw = index.reshape(-1).view(np.uint8)
-        self._out([raw.data, memoryview(crc_of(raw))], 0, len(raw) + CRC_BYTES)
+        self._out([raw, crc_of(raw)])
         os.close(self._handle)
         self._handle = None
 
-    def _out(self, pieces: Sequence[memoryview], start: int, size: int) -> None:
-        """Writes `size` bytes of what the pieces are one after another, from byte `start` on."""
+    def _out(self, pieces: Sequence[Any]) -> None:
         assert self._handle is not None
-        buffers, end = [], start + size
-        for piece in pieces:
-            buffers.append(piece[max(0, start) : max(0, end)])
-            start, end = start - len(piece), end - len(piece)
-        written = os.writev(self._handle, buffers)
-        if written < size:
-            rest = memoryview(b"".join(buffers))[written:]
+        left = sum(len(piece) for piece in pieces)
+        written = os.writev(self._handle, pieces)
+        if written < left:
+            rest = memoryview(b"".join(bytes(piece) for piece in pieces))[written:]
             while rest:
                 rest = rest[os.write(self._handle, rest) :]

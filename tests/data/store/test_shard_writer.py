@@ -43,24 +43,6 @@ def test_system_calls_that_write_less_change_nothing(tmp_path: Path, monkeypatch
     assert data_files(tmp_path / "less") == data_files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("piece", [1, 7, 1000])
-def test_files_grow_by_multiples_of_a_power_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int):
-    """So that the system keeps them in large pages; but for the end of each file."""
-    values, sizes = numbers(4000, (3,)), dict[str, list[int]]()
-
-    def writev(handle: int, pieces: Sequence[Any]) -> int:
-        written = WRITEV(handle, pieces)
-        sizes.setdefault(os.readlink(f"/proc/self/fd/{handle}"), []).append(os.lseek(handle, 0, os.SEEK_CUR))
-        return written
-
-    monkeypatch.setattr(os, "writev", writev)
-    write_array(tmp_path / "x", values, chunk_rows=100, per_shard=15, pieces=range(piece, 4000, piece))
-    assert len(sizes) == 3
-    for ends in sizes.values():
-        *inner, last, _ = ends  # the index comes after the rows
-        assert inner and all(end % 2048 == 0 for end in inner) and last in (15 * 1204, 10 * 1204), ends
-
-
 def full_after(calls: int) -> Callable[..., int]:
     """A `writev` for which the disk is full after some calls."""
     done = []
