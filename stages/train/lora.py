@@ -35,7 +35,7 @@ from transformers import Qwen2_5OmniForConditionalGeneration
 
 model = Qwen2_5OmniForConditionalGeneration.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, "this folder")
-# Over Qwen2_5OmniThinkerForConditionalGeneration alone, also: key_mapping={{"model.thinker.": "model."}}""",
+# Over Qwen2_5OmniThinkerForConditionalGeneration alone, also: key_mapping={{r"^thinker\\.": ""}}""",
 }
 
 
