@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.files import listing, move_into_place, remove
+from kdpipe.data.files import move_into_place, remove
 from kdpipe.data.hashing import digest_file
 from kdpipe.data.ledger_files import (
     Reject,
@@ -142,7 +142,8 @@ class Ledger:
     def lost_parts(self) -> set[str]:
         """Names of parts that rows point to and that are not on disk any more, wholly or in part.
 
-        A part that stands in the stage's folder itself, like a student, lists its files in `Row.cover["files"]`.
+        A part that stands in the stage's folder itself, like a student, lists its files in `Row.cover["files"]`, and
+        under `../` those that belong to it in folders beside it.
         """
         files = {row.part: row.cover.get("files", ()) for row in self._rows.values()}
         return {name for name, expected in files.items() if not self._is_whole(name, expected)}
@@ -150,7 +151,7 @@ class Ledger:
     def _is_whole(self, name: str, expected: Sequence[str]) -> bool:
         if (self.parts / name).is_dir() or (not name.endswith(".zarr") and (self.parts / name).exists()):
             return True
-        return (self.folder / name).exists() and set(expected) <= set(listing(self.folder / name))
+        return (self.folder / name).exists() and all(_is_there(self.folder / name, file) for file in expected)
 
     def unreferenced_parts(self) -> list[Path]:
         """Parts on disk that no row points to (garbage that `kdpipe` may collect)."""
@@ -208,3 +209,10 @@ class Ledger:
         """Removes all manifests but the current one: nothing proves an old one whole."""
         for path in old_manifests(self.folder, self.digest):
             remove(path)
+
+
+def _is_there(folder: Path, expected: str) -> bool:
+    """Whether there is a file `name:bytes`, `name` counted from `folder`."""
+    name, _, size = expected.rpartition(":")
+    path = folder / name
+    return path.is_file() and path.stat().st_size == int(size)

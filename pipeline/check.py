@@ -17,6 +17,7 @@ from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.config import ModelConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.vocabulary import Alignment, align, load_vocabulary
+from kdpipe.stages.train.lora_targets import adapted_layers, describe
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
     acoustic = student
     if config.teachers.acoustic.model is not None:
         acoustic = inspect("teachers.acoustic.model", config.acoustic, hears=True)
+    if student is not None and config.train.lora is not None:
+        with gather():
+            lines.append(f"train.lora: {describe(config.train.lora, adapted_layers(student, config.train.lora))}")
     if student is not None and teacher is not None:
         with gather():
             shared = _vocabulary(student, teacher)

@@ -235,6 +235,13 @@ def _relations(config: Config) -> list[str]:
         problems.append("train.head_form: triton needs a CUDA device and train.device is cpu; say auto, or chunked")
     if config.student.model.dtype == "float16":
         problems.append(NO_FLOAT16)
+    if train.lora is not None and train.freeze:
+        problems.append(
+            "train.freeze: with train.lora all weights stay as they are; leave train.freeze out, and choose with "
+            "train.lora.targets what is adapted"
+        )
+    if train.lora is not None and not train.lora.targets:
+        problems.append("train.lora.targets: is empty, so nothing would be trained; say [decoder], or leave it out")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         problems.append("train.betas: give two numbers, each at least 0 and below 1")
     if not any(dataclasses.astuple(train.weights)):

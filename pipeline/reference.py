@@ -55,6 +55,9 @@ def _rows(section: type, prefix: str) -> Iterator[str]:
         name = f"{prefix}{field.name}"
         if inner is schema.ModelConfig:
             yield f"| `{name}` | model | {_default(field)} | **identity** | {docs.get(field.name, '')} |"
+        elif inner is not None and field.default is None:
+            yield f"| `{name}` | section or null | `null` | **identity** | {docs.get(field.name, '')} |"
+            yield from _rows(inner, f"{name}.")
         elif inner is not None:
             yield from _rows(inner, f"{name}.")
         else:

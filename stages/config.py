@@ -272,6 +272,25 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: the student's weights stay as they are, and two small matrices beside each are trained."""
+
+    rank: int = bounded(16, 1)
+    """Rank of each adapter; at most the smaller side of each layer it adapts (vLLM serves adapters up to 512)."""
+    alpha: int = bounded(32, 1)
+    """An adapter counts alpha / rank times."""
+    dropout: float = bounded(0.0, 0.0, 0.9)
+    """Share of an adapter's inputs that is dropped while training. With it, `train.micro_batch_tokens` and
+    the device decide which."""
+    targets: tuple[str, ...] = ("decoder",)
+    """Linear layers that are adapted: `decoder` (all of the language model's), `audio_tower`, `projector`; or ends of
+    names in the decoder (`q_proj`, `self_attn.o_proj`, `layers.3.mlp.up_proj`), in the encoder with `audio_tower.`
+    before them."""
+    use_rslora: bool = False
+    """Count adapters alpha / sqrt(rank) times, which suits high ranks (Kalajdzievski, 2023)."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Stage two: the student."""
 
@@ -311,6 +330,8 @@ class TrainConfig:
     """Sequence tokens in one forward pass, padding included; the loss does not depend on it."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are: prefixes of names, or `audio_tower`, `projector`, `embeddings`."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights; null: all weights but those of `freeze`. See docs/training.md."""
     window_parts: int = bounded(8, 1)
     """Parts whose samples are shuffled together."""
     seed: int = bounded(0, 0, 2**63 - 1)

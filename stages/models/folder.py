@@ -104,6 +104,14 @@ def resolve(model: ModelConfig, base: Path, *, download: bool = False) -> ModelF
     return _resolve(model, base, download)
 
 
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
 @lru_cache(maxsize=64)
 def _resolve(model: ModelConfig, base: Path, download: bool) -> ModelFolder:
     folder, commit = Path(os.path.normpath(base / os.path.expanduser(model.path))), None

@@ -31,6 +31,7 @@ class Made:
         metrics: lines of metrics.jsonl.
         prompt: the student's prompt template.
         system: its system message, or None.
+        lora: what was adapted and how, or None where the weights themselves were trained.
     """
 
     base: ModelFolder
@@ -45,6 +46,7 @@ class Made:
     metrics: Sequence[Mapping[str, Any]]
     prompt: str
     system: str | None
+    lora: str | None = None
 
 
 def model_card(made: Made) -> str:
@@ -67,6 +69,7 @@ def model_card(made: Made) -> str:
         *teachers,
         f"- data: {made.samples} samples, {made.response_tokens} response tokens",
         f"- training: {made.steps} steps",
+        *([f"- LoRA, merged into these weights: {made.lora}"] if made.lora is not None else []),
         f"- identity: `{made.identity}`",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}",
         "",

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdpipe.data.errors import ModelError
-from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.folder import ModelFolder, shards
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf", ".h5", ".msgpack")
 _INNER = ("audio_tower.", "language_model.", "multi_modal_projector.")
@@ -32,7 +32,7 @@ def published_names(model: nn.Module, base: ModelFolder) -> dict[str, str]:
     Raises:
         ModelError: the checkpoint lacks a tensor of the model.
     """
-    stored = {_canonical(base.family, name): name for shard in _shards(base.path) for name in _names(shard)}
+    stored = {_canonical(base.family, name): name for shard in shards(base.path) for name in _names(shard)}
     tensors = model.state_dict(keep_vars=True)
     names = {name: stored[own] for name in tensors if (own := _canonical(base.family, name)) in stored}
     held = {tensors[name].data_ptr() for name in names}
@@ -81,7 +81,7 @@ def _write_weights(folder: Path, base: Path, trained: Mapping[str, Tensor]) -> N
     """Rewrites the base's shards one by one, so that no more than one is in memory beside the model."""
     places: dict[str, str] = {}
     total = 0
-    for shard in _shards(base):
+    for shard in shards(base):
         with safe_open(shard, framework="pt") as file:
             tensors = {
                 name: trained[name].detach().cpu().contiguous() if name in trained else file.get_tensor(name)
@@ -93,13 +93,6 @@ def _write_weights(folder: Path, base: Path, trained: Mapping[str, Tensor]) -> N
     if set(places.values()) != {"model.safetensors"}:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _names(shard: Path) -> Iterable[str]:

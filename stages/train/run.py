@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.files import build_aside, listing, move_into_place
+from kdpipe.data.files import build_aside, listing, move_into_place, remove
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_files import Row
 from kdpipe.data.store.reader import Store
@@ -24,10 +24,12 @@ from kdpipe.stages.train.card import Made, model_card
 from kdpipe.stages.train.data import Reader
 from kdpipe.stages.train.export import published_names, write_student
 from kdpipe.stages.train.loop import Place, train
+from kdpipe.stages.train.lora import Adapter, add_adapter
+from kdpipe.stages.train.lora_targets import describe
 from kdpipe.stages.train.metrics import read_metrics
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
-from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
+from kdpipe.stages.train.stage import ADAPTER, SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
 
 _NEVER_TRAINED = {
@@ -87,7 +89,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         )
     with _reproducible(config.seed):
         student = load_model(base, device=config.device, train=True)
-        optimizer, objective = _prepare(ctx, student, terms, needs, total)
+        optimizer, objective, adapter = _prepare(ctx, student, terms, needs, total)
         train(config, place, objective, terms.weights, optimizer, stream, reader, total)
     recheck()
     made = Made(
@@ -103,14 +105,22 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         metrics=read_metrics(place.metrics),
         prompt=ctx.config.student.prompt,
         system=ctx.config.student.system,
+        lora=None if adapter is None else describe(adapter.config, adapter.layers),
     )
     own = ctx.ledger(STAGE.name)
-    with build_aside(place.tmp) as built:
+    with build_aside(place.tmp) as built, build_aside(place.tmp) as beside:
+        if adapter is not None:
+            adapter.write(beside)
+            adapter.merge()
         write_student(built, base, student.model, model_card(made))
         # Rows of the student that is replaced go first: at no moment do they stand beside another's weights.
         own.commit(drop=[(row.id, row.source) for row in own.rows()])
+        remove(place.folder / ADAPTER)
+        if adapter is not None:
+            move_into_place(beside, place.folder / ADAPTER)
         move_into_place(built, place.folder / SOURCE)
-    cover = {"files": listing(place.folder / SOURCE)}
+    files = listing(place.folder / SOURCE) + [f"../{ADAPTER}/{file}" for file in listing(place.folder / ADAPTER)]
+    cover = {"files": files}
     rows = [
         Row(want.id, SOURCE, want.key, want.fields, SOURCE, 0, targets[want.id].tokens, 0, place.identity, cover)
         for want in plan.wanted
@@ -133,10 +143,11 @@ def _stream(seed: int, batch_tokens: int, window_parts: int, epochs: int, target
 
 def _prepare(
     ctx: Context, student: LoadedModel, terms: Terms, needs: Requirements, total: int
-) -> tuple[Optimizer, Objective]:
+) -> tuple[Optimizer, Objective, Adapter | None]:
     config, model, base = ctx.config.train, student.model, student.folder
     names = published_names(model, base)
     freeze(model, names, _NEVER_TRAINED.get(base.family, ()), base.family)
+    adapter = None if config.lora is None else add_adapter(model, base, names, config.lora, seed=config.seed)
     frozen = freeze(model, names, config.freeze, base.family)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -151,11 +162,13 @@ def _prepare(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = sum(parameter.numel() for parameter in trained.values())
     ctx.say(f"train: {weights:,} weights trained, {frozen:,} frozen, {total} steps on {student.device}")
+    if adapter is not None:
+        ctx.say(f"train: LoRA: {describe(adapter.config, adapter.layers)}")
     for line in terms.describe():
         ctx.say(f"train: loss: {line}")
     chosen = "chosen for this device" if config.head_form == "auto" else "as train.head_form says"
     ctx.say(f"train: output head and losses in form {objective.form()} ({chosen})")
-    return Optimizer(trained, dict(objective.projections.named_parameters()), config, total), objective
+    return Optimizer(trained, dict(objective.projections.named_parameters()), config, total), objective, adapter
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
 from kdpipe.stages.textualize.stage import sample_fields
 from kdpipe.stages.train.terms import resolve_terms
 
-SOURCE = "student"
+SOURCE, ADAPTER = "student", "adapter"
+"""Folders of the stage: the student, and with LoRA its adapter alone."""
 _OF_SAMPLE = ("audio", "span", "question", "choices")
 _OBJECTIVE = ("weights", "divergence", "beta", "alpha", "temperature", "scale_by_temperature_squared", "z_loss")
 
@@ -39,6 +40,8 @@ class Train:
         needs = requirements(ctx)
         terms = resolve_terms(config, needs)
         settings = {name: value for name, value in identity_of(config.train).items() if name not in _OBJECTIVE}
+        if config.train.lora is None:
+            del settings["lora"]  # students of releases without LoRA stay fresh
         shared = {
             "version": str(self.version),
             "objective": digest(terms.identity()),
@@ -70,7 +73,7 @@ class Train:
         return wants
 
     def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:
-        """Trains on all that is wanted, exports the student, and records it for every sample.
+        """Trains on all that is wanted, exports the student and with LoRA its adapter, and records them.
 
         Raises:
             KdpipeError: training cannot start or go on; says why.

@@ -41,10 +41,11 @@ def _check(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_is_right_is_summed_up_without_loading_weights(tmp_path: Path, family: Miniatures) -> None:
-    done = _check(_run_folder(tmp_path, family))
+    done = _check(_run_folder(tmp_path, family, train={"lora": {"rank": 4}}))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "manifest: 3 samples" in done.stdout and "1 of 3 samples will be rejected: audio_missing" in done.stdout
     assert "layers (student->teacher): 1->2" in done.stdout
+    assert "train.lora: rank 4, alpha 32 (scaling 8), dropout 0, 35,840 weights on 28 linear layers" in done.stdout
     assert not any(line.rstrip().endswith("| torch") for line in done.stderr.splitlines())
 
 
@@ -53,10 +54,25 @@ def test_what_is_right_is_summed_up_without_loading_weights(tmp_path: Path, fami
     [
         ({"teachers": {"tail_blocks": 10**9}}, "teachers.tail_blocks: 1000000000 is too many for"),
         ({"student": {"dtype": "float16"}}, "student.model.dtype: gradients underflow in float16"),
+        ({"train": {"lora": {"rank": 4, "targets": ["qproj"]}}}, "did you mean q_proj?"),
+        ({"train": {"lora": {"rank": 64}}}, "train.lora.rank: 64 is more than the smaller side of"),
+        ({"train": {"lora": {"rank": 0}}}, "train.lora.rank: 0 is out of range"),
+        ({"train": {"lora": {"targets": []}}}, "train.lora.targets: is empty"),
+        ({"train": {"lora": {"rank": 4}, "freeze": ["audio_tower"]}}, "train.freeze: with train.lora"),
         ({"data": {"eval_split": "tets"}}, "did you mean test?"),
         ({"teachers": {"textual": {"model": {"path": "nowhere"}}}}, "nowhere"),
     ],
-    ids=["tail_blocks", "float16", "split", "folder"],
+    ids=[
+        "tail_blocks",
+        "float16",
+        "lora_target",
+        "lora_rank",
+        "lora_no_rank",
+        "lora_no_target",
+        "lora_and_freeze",
+        "split",
+        "folder",
+    ],
 )
 def test_mistakes_are_named(tmp_path: Path, family: Miniatures, settings: dict[str, Any], words: str) -> None:
     done = _check(_run_folder(tmp_path, family, **settings))
