@@ -57,3 +57,7 @@ class Rejected(Exception):
         self.reason = reason
         self.detail = detail
         super().__init__(f"{reason}: {detail}")
+
+
+class SaidElsewhere(KdpipeError):
+    """An error of several processes that another of them prints."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import click
 if TYPE_CHECKING:
     from kdpipe.pipeline.plan import StageStatus
     from kdpipe.pipeline.runner import Request
+    from kdpipe.stages.train.launch import Launch
 
 
 class _Commands(click.Group):
@@ -26,10 +28,12 @@ class _Group(_Commands):
     """Prints errors of the user's without a traceback and ends with the right status."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from kdpipe.data.errors import KdpipeError
+        from kdpipe.data.errors import KdpipeError, SaidElsewhere
 
         try:
             return super().invoke(ctx)
+        except SaidElsewhere:
+            sys.exit(2)
         except KdpipeError as error:
             lines = str(error).splitlines() or [type(error).__name__]
             head = f"Error: {len(lines)} problems:\n  " if len(lines) > 1 else "Error: "
@@ -169,8 +173,12 @@ def run(config_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 
 def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: bool, dry_run: bool) -> None:
     from kdpipe.pipeline.runner import StageFailed, bring_up_to_date
+    from kdpipe.stages.train.launch import find_launch
 
-    request = _request(config_file, overrides)
+    request, launch = _request(config_file, overrides), find_launch(os.environ)
+    if launch is not None:
+        _bring_launched(request, launch, target, dry_run=dry_run)
+        return
     if dry_run:
         from kdpipe.pipeline.check import check as run_check
         from kdpipe.pipeline.plan import make_plans, status_of
@@ -198,6 +206,20 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
             click.echo(f"Error: {failure}.", err=True)
         sys.exit(failure.code)
     click.echo("Done." if ran else "Everything is fresh; nothing to do.")
+
+
+def _bring_launched(request: Request, launch: Launch, target: str, *, dry_run: bool) -> None:
+    from kdpipe.pipeline.launched import refuse_launched, train_launched
+
+    refuse_launched(f"{target} --dry-run" if dry_run else target, launch)
+    try:
+        ran = train_launched(request, launch)
+    except KeyboardInterrupt as interrupt:
+        if launch.rank == 0:
+            click.echo(str(interrupt) or "train: interrupted. What was committed is kept.", err=True)
+        sys.exit(130)
+    if launch.rank == 0:
+        click.echo("Done." if ran else "Everything is fresh; nothing to do.")
 
 
 @main.command()

@@ -81,7 +81,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     check(ctx, download=True)
     ran = False
     with hold([ctx.run_folder, ctx.cache_folder]) as locks:
-        _clean_tmp(ctx)
+        clean_tmp(ctx)
         for name in upstream(target):
             plan = make_plans(request.context(), name)[name]
             if STAGES[name].whole:
@@ -102,20 +102,25 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 )
         if target == "evaluate" and not assembled(ctx):
             assemble(ctx)
-        _write_lock_file(request.context())
+        write_lock_file(request.context())
     return ran
 
 
-def refuse_stale(status: StageStatus) -> None:
-    """Refuses to go on from an upstream stage that is not fresh (`--only`).
+def refuse_stale(status: StageStatus, why: str = "--only was given", else_: str = ", or leave --only out") -> None:
+    """Refuses to go on from an upstream stage that is not fresh.
+
+    Args:
+        status: of the stage.
+        why: it is not run.
+        else_: what else can be done but run it first, if anything.
 
     Raises:
         StaleError: it is not fresh.
     """
     if status.state != "fresh":
         raise StaleError(
-            f"{status.name} is {status.state}, and --only was given: {'; '.join(status.reasons)}. "
-            f"Run `kdpipe {status.name}` first, or leave --only out."
+            f"{status.name} is {status.state}, and {why}: {'; '.join(status.reasons)}. "
+            f"Run `kdpipe {status.name}` first{else_}."
         )
 
 
@@ -157,7 +162,7 @@ def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
         raise StageFailed(name, code if code > 0 else 128 - code)
 
 
-def _write_lock_file(ctx: Context) -> None:
+def write_lock_file(ctx: Context) -> None:
     """Writes `kdpipe.lock`: what each stage was made from, in a form made for git diffs."""
     import yaml
 
@@ -179,7 +184,7 @@ def _write_lock_file(ctx: Context) -> None:
         write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"), ctx.run_folder / "tmp")
 
 
-def _clean_tmp(ctx: Context) -> None:
+def clean_tmp(ctx: Context) -> None:
     """Removes what killed runs left unfinished in the temporary folders; called under the lock."""
     for folder in {ctx.run_folder / "tmp", ctx.cache_folder / "tmp"}:
         for path in folder.glob("*"):

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
 `checkpoints/step-000123/` holds `weights.safetensors` (the trained weights in float32, and the losses' projections),
-`optimizer.safetensors` (AdamW's moments), `random.safetensors` (random states) and `state.json` (identity, step,
-place in the stream). A checkpoint is built aside and renamed, so a folder of that name is always complete.
+`optimizer.safetensors` (AdamW's moments) and `state.json` (identity, step, place in the stream). What is random in a
+step is a function of the seed, the step and the rank, and so needs no state. A checkpoint is built aside and renamed,
+so a folder of that name is always complete.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,7 +56,6 @@ def save(
         path.mkdir()
         _write(path / "weights.safetensors", optimizer.weights)
         _write(path / "optimizer.safetensors", optimizer.state())
-        _write(path / "random.safetensors", _random_states())
         write_json(path / "state.json", state, tmp)
         move_into_place(path, target)
     for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -93,7 +92,7 @@ def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -
 
 
 def load(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
-    """Puts weights, moments and random states in place.
+    """Puts weights and moments in place.
 
     Raises:
         StoreError: a file is damaged or does not fit the model.
@@ -102,11 +101,6 @@ def load(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
         optimizer.load(
             load_file(checkpoint.folder / "weights.safetensors"), load_file(checkpoint.folder / "optimizer.safetensors")
         )
-        random = load_file(checkpoint.folder / "random.safetensors")
-        torch.set_rng_state(random["cpu"])
-        for name, state in random.items():
-            if name.startswith("cuda:"):
-                torch.cuda.set_rng_state(state, name)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise _damaged(checkpoint.folder, error) from None
 
@@ -116,13 +110,6 @@ def _damaged(path: Path, error: Exception) -> StoreError:
         f"{path}: the checkpoint cannot be read ({error}). Remove this folder: training goes on from the one before, "
         "or from the start."
     )
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states[f"cuda:{torch.cuda.current_device()}"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

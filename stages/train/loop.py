@@ -11,9 +11,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,7 @@ from kdpipe.stages.train.data import GlobalBatch, Reader
 from kdpipe.stages.train.metrics import MetricsFile
 from kdpipe.stages.train.objective import OVER_AUDIO, Objective
 from kdpipe.stages.train.optimizer import Optimizer
+from kdpipe.stages.train.world import World
 
 _AHEAD = 4  # global batches loaded ahead of the step
 _THREADS = min(_AHEAD, os.cpu_count() or 1)
@@ -66,13 +69,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did; means over the tokens of its global batch. `sources` as in `objective.Sums`."""
+    """What one optimizer step did; means over the tokens of its global batch, of all ranks. `sources` as in
+    `objective.Sums`; `tokens` are those of whole sequences."""
 
     loss: float
     terms: Mapping[str, float]
     sources: Mapping[str, Mapping[str, float]]
     grad_norm: float
     learning_rate: float
+    tokens: int
 
 
 def train(
@@ -84,6 +89,7 @@ def train(
     stream: Stream,
     reader: Reader,
     total_steps: int,
+    world: World,
 ) -> None:
     """Trains from the last checkpoint, or from the start, to the last step, where it leaves a checkpoint.
 
@@ -96,43 +102,39 @@ def train(
         stream: order of the samples.
         reader: loads them.
         total_steps: optimizer steps of the whole run.
+        world: the processes that train together; each is given its own share of the stream.
 
     Raises:
         KdpipeError: loss or gradient is not finite; names the samples.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
-    done = _resume(place, optimizer, stream)
+    done = _resume(place, optimizer, stream, world)
     with ExitStack() as stack:
-        metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp))
+        metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp)) if world.is_first else None
         stopped = stack.enter_context(_stop_signals())
-        bar = stack.enter_context(progress(total_steps, "train", "step", done))
+        bar = stack.enter_context(progress(total_steps, "train", "step", done, shown=world.is_first))
         items = islice(stream, total_steps - done)
         batches = stack.enter_context(closing(prefetch(items, reader.load, depth=_AHEAD, threads=_THREADS)))
         meter = _Meter()
         for number in range(done, total_steps):
             with meter.waiting():
                 batch = next(batches)
-            step = train_step(objective, weights, optimizer, batch, number)
+            # Dropout is a function of seed, step and rank, so that a resumed run needs no state of it.
+            torch.manual_seed(int.from_bytes(sha256(f"{config.seed}/{number}/{world.rank}".encode()).digest()[:8]))
+            step = train_step(objective, weights, optimizer, batch, number, world)
             batch.release()
-            meter.count(batch)
+            meter.tokens += step.tokens
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.4f}, {meter.rate:.0f} tok/s", refresh=False)
             last = number + 1 == total_steps
             if (number + 1) % config.log_steps == 0 or last:
-                metrics.append(_line(number + 1, batch.after, step, meter))
+                if metrics is not None:
+                    metrics.append(_line(number + 1, batch.after, step, meter))
                 meter = _Meter()
-            if (number + 1) % config.checkpoint_steps == 0 or last or stopped.is_set():
-                place.recheck()
-                checkpoint.save(
-                    place.checkpoints,
-                    place.tmp,
-                    optimizer,
-                    identity=place.identity,
-                    step=number + 1,
-                    stream=batch.after.as_dict(),
-                    keep=config.keep_checkpoints,
-                )
-            if stopped.is_set() and not last:
+            stop = any(world.exchange(stopped.is_set()))
+            if (number + 1) % config.checkpoint_steps == 0 or last or stop:
+                world.first_does(partial(_save, place, optimizer, number + 1, batch.after, config.keep_checkpoints))
+            if stop and not last:
                 raise KeyboardInterrupt(
                     f"train: stopped after step {number + 1} of {total_steps}; a checkpoint is written. "
                     "Run the same command again to go on from there."
@@ -140,23 +142,33 @@ def train(
 
 
 def train_step(
-    objective: Objective, weights: Mapping[str, float], optimizer: Optimizer, batch: GlobalBatch, number: int
+    objective: Objective,
+    weights: Mapping[str, float],
+    optimizer: Optimizer,
+    batch: GlobalBatch,
+    number: int,
+    world: World,
 ) -> Step:
     """One optimizer step over the micro-batches of a global batch.
+
+    Each rank sums over its own samples; the sums, and those of the gradients, are then added up over the ranks.
 
     Args:
         objective: gives each term of a micro-batch.
         weights: weight of each term.
         optimizer: takes the step.
-        batch: the samples.
+        batch: the samples of this rank; there may be none.
         number: steps done before.
+        world: the ranks.
 
     Raises:
-        KdpipeError: loss or gradient is not finite; nothing was changed.
+        KdpipeError: loss or gradient is not finite on any rank; nothing was changed.
     """
+    counts = world.exchange((batch.response_tokens, batch.audio_tokens, batch.tokens))
+    response, audio, tokens = (sum(column) for column in zip(*counts, strict=True))
 
     def normalizer(name: str) -> int:
-        return max(1, batch.audio_tokens if name == OVER_AUDIO else batch.response_tokens)
+        return max(1, audio if name == OVER_AUDIO else response)
 
     factors = {name: weight / normalizer(name) for name, weight in weights.items()}
     losses, sums = [], []
@@ -164,38 +176,73 @@ def train_step(
         made = objective(micro.to(objective.device), factors)
         made.loss.backward()
         losses.append(made.loss.detach())
-        flat = {(name,): value for name, value in made.terms.items()}
-        flat |= {(source, name): value for source, seen in made.sources.items() for name, value in seen.items()}
+        flat = {name: value for name, value in made.terms.items()}
+        flat |= {f"{source} {name}": value for source, seen in made.sources.items() for name, value in seen.items()}
         sums.append(flat)
-    values = torch.stack(losses).tolist()
+    values = torch.stack(losses).tolist() if losses else []
+    problem = ""
     for value, micro in zip(values, batch.micros, strict=True):
         if not abs(value) < float("inf"):
-            raise _not_finite(f"the loss is {value}", number, micro.batch.ids)
+            problem = problem or _not_finite(f"the loss is {value}", number, micro.batch.ids)
+    world.refuse_together(problem)
+    world.sum_gradients(list(optimizer.weights.values()))
     norm, rate = optimizer.step(number)
     if not abs(norm) < float("inf"):
-        raise _not_finite(f"the gradient norm is {norm}", number, [i for m in batch.micros for i in m.batch.ids])
+        ids = world.exchange([i for micro in batch.micros for i in micro.batch.ids])
+        raise KdpipeError(_not_finite(f"the gradient norm is {norm}", number, [i for own in ids for i in own]))
+    own = (
+        dict(
+            zip(sums[0], torch.stack([torch.stack(list(flat.values())) for flat in sums]).sum(0).tolist(), strict=True)
+        )
+        if sums
+        else {}
+    )
     terms: dict[str, float] = {}
     sources: dict[str, dict[str, float]] = {}
-    totals = torch.stack([torch.stack([flat[place] for flat in sums]).sum() for place in sums[0]]).tolist()
-    for place, total in zip(sums[0], totals, strict=True):
-        mean = total / normalizer(place[0].split("/")[0])
-        if len(place) == 1:
-            terms[place[0]] = mean
+    for name, total in _added(world.exchange({"": sum(values), **own})).items():
+        source, _, kind = name.partition(" ")
+        if kind:
+            sources.setdefault(source, {})[kind] = total / normalizer(source.split("/")[0])
         else:
-            sources.setdefault(place[0], {})[place[1]] = mean
-    return Step(sum(values), terms, sources, norm, rate)
+            terms[name] = total / normalizer(name) if name else total
+    return Step(terms.pop(""), terms, sources, norm, rate, tokens)
 
 
-def _not_finite(what: str, number: int, ids: Any) -> KdpipeError:
-    return KdpipeError(
+def _added(given: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums by name, in the order of the ranks."""
+    total: dict[str, float] = {}
+    for one in given:
+        for name, value in one.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def _not_finite(what: str, number: int, ids: Sequence[str]) -> str:
+    return (
         f"train: {what} in step {number + 1}, from samples {', '.join(ids)}. Training stopped before it touched the "
         "weights. Look at these samples; a lower train.learning_rate or student.model.dtype: float32 may help."
     )
 
 
-def _resume(place: Place, optimizer: Optimizer, stream: Stream) -> int:
+def _save(place: Place, optimizer: Optimizer, step: int, after: StreamState, keep: int) -> None:
+    place.recheck()
+    checkpoint.save(
+        place.checkpoints,
+        place.tmp,
+        optimizer,
+        identity=place.identity,
+        step=step,
+        stream=after.as_dict(),
+        keep=keep,
+    )
+
+
+def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) -> int:
     """Puts the last checkpoint of this run in place; returns the steps it has done, 0 without one."""
-    found = checkpoint.find(place.checkpoints, place.identity, stream.digest, place.say)
+    find = partial(checkpoint.find, place.checkpoints, place.identity, stream.digest, place.say)
+    # Rank 0 removes those of other runs before the others look.
+    world.first_does(find)
+    found = find()
     if found is None:
         return 0
     checkpoint.load(found, optimizer)
@@ -235,9 +282,6 @@ class _Meter:
     @property
     def rate(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
-
-    def count(self, batch: GlobalBatch) -> None:
-        self.tokens += batch.tokens
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

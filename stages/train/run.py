@@ -17,9 +17,9 @@ from kdpipe.data.store.reader import Store
 from kdpipe.data.stream import Entry, Stream
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
-from kdpipe.stages.config import identity_of
+from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.models.inputs import Encoder
-from kdpipe.stages.models.loaded import LoadedModel, load_model, pick_device
+from kdpipe.stages.models.loaded import LoadedModel, load_model
 from kdpipe.stages.train.card import Made, model_card
 from kdpipe.stages.train.data import Reader
 from kdpipe.stages.train.export import published_names, write_student
@@ -31,6 +31,7 @@ from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
 from kdpipe.stages.train.stage import ADAPTER, SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
+from kdpipe.stages.train.world import World
 
 _NEVER_TRAINED = {
     "qwen2_audio": ("audio_tower.embed_positions.",),
@@ -39,18 +40,20 @@ _NEVER_TRAINED = {
 """What transformers keeps fixed (sinusoidal positions) and what no training sample reaches."""
 
 
-def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
+def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None) -> None:
     """Trains the student that `plans` ask for and records it.
 
     Args:
         ctx: the run.
         plans: of this stage and those upstream, as things are on disk.
+        world: the processes that train together; None: this one alone.
 
     Raises:
         KdpipeError: something upstream is not fresh, or training cannot go on; says why.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written.
     """
     plan, config = plans[STAGE.name], ctx.config.train
+    world = World.alone(config.device) if world is None else world
     waiting = [want for want in plan.wanted if want.pending is not None]
     if waiting or not plan.wanted:
         raise KdpipeError(
@@ -63,7 +66,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         raise KdpipeError(NO_FLOAT16)
     ledger = plans["cache-teachers"].ledger
     targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
-    stream = _stream(config.seed, config.global_batch_tokens, config.window_parts, config.epochs, targets)
+    stream = _stream(config, targets, world)
     total = stream.total_steps(config.max_steps)
     samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
     reader = Reader(
@@ -74,7 +77,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         Store(ledger.parts, ledger),
         {sample: row.length for sample, row in targets.items()},
         needs.textual.layers if needs.textual is not None else 0,
-        pinned=pick_device(config.device).type == "cuda",
+        pinned=world.device.type == "cuda",
     )
 
     def recheck() -> None:
@@ -88,56 +91,62 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
             f"train this one with --set run.folder=NAME --set run.cache={cache}"
         )
     with _reproducible(config.seed):
-        student = load_model(base, device=config.device, train=True)
+        student = load_model(base, device=world.device, train=True)
         optimizer, objective, adapter = _prepare(ctx, student, terms, needs, total)
-        train(config, place, objective, terms.weights, optimizer, stream, reader, total)
-    recheck()
-    made = Made(
-        base=base,
-        textual=needs.textual,
-        acoustic=needs.acoustic,
-        terms=terms,
-        settings=identity_of(config),
-        samples=len(plan.wanted),
-        response_tokens=sum(row.tokens for row in targets.values()),
-        steps=total,
-        identity=place.identity,
-        metrics=read_metrics(place.metrics),
-        prompt=ctx.config.student.prompt,
-        system=ctx.config.student.system,
-        lora=None if adapter is None else describe(adapter.config, adapter.layers),
-    )
-    own = ctx.ledger(STAGE.name)
-    with build_aside(place.tmp) as built, build_aside(place.tmp) as beside:
-        if adapter is not None:
-            adapter.write(beside)
-            adapter.merge()
-        write_student(built, base, student.model, model_card(made))
-        # Rows of the student that is replaced go first: at no moment do they stand beside another's weights.
-        own.commit(drop=[(row.id, row.source) for row in own.rows()])
-        remove(place.folder / ADAPTER)
-        if adapter is not None:
-            move_into_place(beside, place.folder / ADAPTER)
-        move_into_place(built, place.folder / SOURCE)
-    files = listing(place.folder / SOURCE) + [f"../{ADAPTER}/{file}" for file in listing(place.folder / ADAPTER)]
-    cover = {"files": files}
-    rows = [
-        Row(want.id, SOURCE, want.key, want.fields, SOURCE, 0, targets[want.id].tokens, 0, place.identity, cover)
-        for want in plan.wanted
-    ]
-    own.commit(rows)
-    ctx.say(f"train: {total} steps on {len(rows)} samples; the student is in {place.folder / SOURCE}")
+        train(config, place, objective, terms.weights, optimizer, stream, reader, total, world)
+
+    def export() -> None:
+        recheck()
+        made = Made(
+            base=base,
+            textual=needs.textual,
+            acoustic=needs.acoustic,
+            terms=terms,
+            settings=identity_of(config),
+            samples=len(plan.wanted),
+            response_tokens=sum(row.tokens for row in targets.values()),
+            steps=total,
+            identity=place.identity,
+            metrics=read_metrics(place.metrics),
+            prompt=ctx.config.student.prompt,
+            system=ctx.config.student.system,
+            lora=None if adapter is None else describe(adapter.config, adapter.layers),
+        )
+        own = ctx.ledger(STAGE.name)
+        with build_aside(place.tmp) as built, build_aside(place.tmp) as beside:
+            if adapter is not None:
+                adapter.write(beside)
+                adapter.merge()
+            write_student(built, base, student.model, model_card(made))
+            # Rows of the student that is replaced go first: at no moment do they stand beside another's weights.
+            own.commit(drop=[(row.id, row.source) for row in own.rows()])
+            remove(place.folder / ADAPTER)
+            if adapter is not None:
+                move_into_place(beside, place.folder / ADAPTER)
+            move_into_place(built, place.folder / SOURCE)
+        files = listing(place.folder / SOURCE) + [f"../{ADAPTER}/{file}" for file in listing(place.folder / ADAPTER)]
+        cover = {"files": files}
+        rows = [
+            Row(want.id, SOURCE, want.key, want.fields, SOURCE, 0, targets[want.id].tokens, 0, place.identity, cover)
+            for want in plan.wanted
+        ]
+        own.commit(rows)
+        ctx.say(f"train: {total} steps on {len(rows)} samples; the student is in {place.folder / SOURCE}")
+
+    world.first_does(export)
 
 
-def _stream(seed: int, batch_tokens: int, window_parts: int, epochs: int, targets: Mapping[str, Row]) -> Stream:
+def _stream(config: TrainConfig, targets: Mapping[str, Row], world: World) -> Stream:
     entries = [Entry(sample, row.part, row.length) for sample, row in sorted(targets.items())]
     return Stream(
         entries,
         digest=digest(entries),
-        seed=seed,
-        batch_tokens=batch_tokens,
-        window_parts=window_parts,
-        epochs=epochs,
+        seed=config.seed,
+        batch_tokens=config.global_batch_tokens,
+        window_parts=config.window_parts,
+        epochs=config.epochs,
+        rank=world.rank,
+        world=world.size,
     )
 
 

@@ -91,9 +91,18 @@ def test_the_loss_does_not_depend_on_micro_batches(cached: Any) -> None:
             sizes: list[int] = []
             true = loop.train_step
 
-            def spy(objective: Any, weights: Any, optimizer: Any, batch: Any, number: int, true=true, sizes=sizes):
+            def spy(
+                objective: Any,
+                weights: Any,
+                optimizer: Any,
+                batch: Any,
+                number: int,
+                world: Any,
+                true=true,
+                sizes=sizes,
+            ):
                 sizes.append(len(batch.micros))
-                return true(objective, weights, optimizer, batch, number)
+                return true(objective, weights, optimizer, batch, number, world)
 
             patch.setattr(loop, "train_step", spy)
             metrics = run.train(micro_batch_tokens=budget)
