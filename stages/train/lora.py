@@ -114,8 +114,8 @@ def add_adapter(
         revision=base.commit,
         inference_mode=False,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, wherever the model lies
+        torch.random.default_generator.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, _NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)

@@ -46,17 +46,18 @@ def linear_layers(base: ModelFolder) -> list[Linear]:
     Raises:
         ModelError: the safetensors files cannot be read.
     """
-    found = []
-    for shard in shards(base.path):
-        try:
+    shapes: dict[str, list[int]] = {}
+    try:
+        for shard in shards(base.path):
             with safe_open(shard, framework="numpy") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{shard}: cannot be read ({error}). Restore the checkpoint.") from None
-        for name, shape in shapes.items():
-            part = _part(base.family, name)
-            if part is not None and name.endswith(".weight") and len(shape) == 2:
-                found.append(Linear(name.removesuffix(".weight"), part, (shape[0], shape[1])))
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{base.name}: the weights in {base.path} cannot be read ({error}). Restore them.") from None
+    found = []
+    for name, shape in shapes.items():
+        part = _part(base.family, name)
+        if part is not None and name.endswith(".weight") and len(shape) == 2:
+            found.append(Linear(name.removesuffix(".weight"), part, (shape[0], shape[1])))
     return sorted(found, key=lambda layer: layer.name)
 
 

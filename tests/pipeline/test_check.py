@@ -45,7 +45,7 @@ def test_what_is_right_is_summed_up_without_loading_weights(tmp_path: Path, fami
     assert done.returncode == 0, done.stderr[-2000:]
     assert "manifest: 3 samples" in done.stdout and "1 of 3 samples will be rejected: audio_missing" in done.stdout
     assert "layers (student->teacher): 1->2" in done.stdout
-    assert "train.lora: rank 4, alpha 32 (scaling 8), dropout 0, 35,840 weights on 28 linear layers" in done.stdout
+    assert "train.lora: rank 4, alpha 32 (scaling 8), dropout 0, 24,064 weights on 28 linear layers" in done.stdout
     assert not any(line.rstrip().endswith("| torch") for line in done.stderr.splitlines())
 
 

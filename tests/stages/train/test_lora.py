@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdpipe.data.errors import ConfigError
+from kdpipe.data.errors import ConfigError, ModelError
 from kdpipe.stages.config import LoraConfig, ModelConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.inputs import Batch, Encoder, Example
@@ -299,6 +299,16 @@ def test_mistakes_say_what_there_is(family: Miniatures) -> None:
     assert "'fc1' fits" in encoder and "audio_tower.fc1" in encoder and "'up' fits" in partial
     assert "33 is more than the smaller side of thinker.model.layers.0.self_attn.k_proj (32 x 96)" in rank
     assert "lower it to 32" in rank
+
+
+def test_damaged_weights_are_named(tmp_path: Path, family: Miniatures) -> None:
+    shutil.copytree(family.qwen2_5_omni, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(ModelError, match=r"the weights in .*base cannot be read"):
+        linear_layers(_folder(tmp_path / "base"))
+    (tmp_path / "base" / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        linear_layers(_folder(tmp_path / "base"))
 
 
 @torch.no_grad()
