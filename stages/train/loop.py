@@ -28,8 +28,9 @@ from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.data import GlobalBatch, Reader
 from kdpipe.stages.train.metrics import MetricsFile
-from kdpipe.stages.train.objective import OVER_AUDIO, Objective
+from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer
+from kdpipe.stages.train.weights import OVER_AUDIO, Weighting
 
 _AHEAD = 4  # global batches loaded ahead of the step
 _THREADS = min(_AHEAD, os.cpu_count() or 1)
@@ -79,7 +80,7 @@ def train(
     config: TrainConfig,
     place: Place,
     objective: Objective,
-    weights: Mapping[str, float],
+    weights: Weighting,
     optimizer: Optimizer,
     stream: Stream,
     reader: Reader,
@@ -91,7 +92,7 @@ def train(
         config: the `train` section.
         place: where files go.
         objective: gives each term of a micro-batch.
-        weights: weight of each term.
+        weights: weight of each term, by task and step.
         optimizer: of the student and of the objective's projections.
         stream: order of the samples.
         reader: loads them.
@@ -139,14 +140,12 @@ def train(
                 )
 
 
-def train_step(
-    objective: Objective, weights: Mapping[str, float], optimizer: Optimizer, batch: GlobalBatch, number: int
-) -> Step:
+def train_step(objective: Objective, weights: Weighting, optimizer: Optimizer, batch: GlobalBatch, number: int) -> Step:
     """One optimizer step over the micro-batches of a global batch.
 
     Args:
         objective: gives each term of a micro-batch.
-        weights: weight of each term.
+        weights: weight of each term, by task and step.
         optimizer: takes the step.
         batch: the samples.
         number: steps done before.
@@ -158,10 +157,10 @@ def train_step(
     def normalizer(name: str) -> int:
         return max(1, batch.audio_tokens if name == OVER_AUDIO else batch.response_tokens)
 
-    factors = {name: weight / normalizer(name) for name, weight in weights.items()}
     losses, sums = [], []
     for micro in batch.micros:
-        made = objective(micro.to(objective.device), factors)
+        micro = micro.to(objective.device)
+        made = objective(micro, weights.factors(micro.batch, number, normalizer))
         made.loss.backward()
         losses.append(made.loss.detach())
         flat = {(name,): value for name, value in made.terms.items()}

@@ -29,6 +29,7 @@ from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
 from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
+from kdpipe.stages.train.weights import Weighting
 
 _NEVER_TRAINED = {
     "qwen2_audio": ("audio_tower.embed_positions.",),
@@ -75,6 +76,8 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         pinned=pick_device(config.device).type == "cuda",
     )
 
+    weights = Weighting(terms, {sample.id: sample.task for sample in samples.values()}, total)
+
     def recheck() -> None:
         ctx.recheck([samples[want.id] for want in plan.wanted])
 
@@ -88,7 +91,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
     with _reproducible(config.seed):
         student = load_model(base, device=config.device, train=True)
         optimizer, objective = _prepare(ctx, student, terms, needs, total)
-        train(config, place, objective, terms.weights, optimizer, stream, reader, total)
+        train(config, place, objective, weights, optimizer, stream, reader, total)
     recheck()
     made = Made(
         base=base,

@@ -17,7 +17,17 @@ from kdpipe.stages.train.terms import resolve_terms
 
 SOURCE = "student"
 _OF_SAMPLE = ("audio", "span", "question", "choices")
-_OBJECTIVE = ("weights", "divergence", "beta", "alpha", "temperature", "scale_by_temperature_squared", "z_loss")
+_OBJECTIVE = (
+    "weights",
+    "task_weights",
+    "weight_schedule",
+    "divergence",
+    "beta",
+    "alpha",
+    "temperature",
+    "scale_by_temperature_squared",
+    "z_loss",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Train:
                 continue
             heard = sample_fields(ctx, sample)
             fields = shared | {name: heard[name] for name in _OF_SAMPLE}
+            if sample.task in terms.tasks:
+                fields["weights"] = digest(terms.weights_of(sample.task))
             waiting = [want for want in upstream if (want.id, want.source) not in cache.fresh]
             if waiting:
                 pending = next((want.pending for want in waiting if want.pending), CACHE_TEACHERS.name)
