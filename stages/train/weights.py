@@ -83,8 +83,8 @@ class Weighting:
         weights = [self.of(sample) for sample in batch.ids]
         factors: dict[str, Factor] = {}
         for name in self._general:
-            share = moved.get(name, 1.0) / normalizer(name)
-            values = [own[name] * share for own in weights]
+            count, factor = normalizer(name), moved.get(name, 1.0)
+            values = [own[name] * factor / count for own in weights]
             if len(set(values)) == 1:
                 factors[name] = values[0]
                 continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,5 +153,22 @@ def cached(family: Miniatures, tmp_path_factory: pytest.TempPathFactory) -> Make
             made[name] = Run(config, folder)
             made[name].bring_up_to_date(TEXTUALIZE, CACHE_TEACHERS)
         return made[name]
+
+    return make
+
+
+@pytest.fixture
+def tasked(cached: MakeRun, tmp_path: Path) -> Callable[..., Run]:
+    """`tasked(setting, tasks)`: a copy of a cached run whose samples have tasks, in turn; None for none."""
+
+    def make(setting: str, tasks: Sequence[str | None] = ("ser", "aqa", None), *, samples: int = 8) -> Run:
+        shared = cached(setting, samples=samples)
+        folder = tmp_path / "tasked"
+        shutil.copytree(shared.base, folder)
+        lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        for place, line in enumerate(lines):
+            line["task"] = tasks[place % len(tasks)]
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return Run(shared.config, folder)
 
     return make
