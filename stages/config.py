@@ -286,6 +286,11 @@ class TrainConfig:
     """Parts whose samples are shuffled together."""
     seed: int = bounded(0, 0, 2**63 - 1)
     """Seeds the order of the samples and everything random in training."""
+    validation_fraction: float = bounded(0.0, 0.0, 0.5)
+    """Share of the clips that are never trained on, so that the loss on their samples tells what was learnt; 0: none.
+    See docs/training.md, "Validation"."""
+    validate_steps: int = bounded(200, 1, how=True)
+    """Optimizer steps between measurements of the held-out loss; the last step is always followed by one."""
     checkpoint_steps: int = bounded(200, 1, how=True)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = bounded(2, 1, how=True)

@@ -27,9 +27,10 @@ from kdpipe.stages.config import TrainConfig
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.data import GlobalBatch, Reader
-from kdpipe.stages.train.metrics import MetricsFile
+from kdpipe.stages.train.metrics import MetricsFile, read_metrics
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer
+from kdpipe.stages.train.validation import Validation
 from kdpipe.stages.train.weights import OVER_AUDIO, Weighting
 
 _AHEAD = 4  # global batches loaded ahead of the step
@@ -85,6 +86,7 @@ def train(
     stream: Stream,
     reader: Reader,
     total_steps: int,
+    validation: Validation | None = None,
 ) -> None:
     """Trains from the last checkpoint, or from the start, to the last step, where it leaves a checkpoint.
 
@@ -97,6 +99,7 @@ def train(
         stream: order of the samples.
         reader: loads them.
         total_steps: optimizer steps of the whole run.
+        validation: measures the held-out loss; None for none.
 
     Raises:
         KdpipeError: loss or gradient is not finite; names the samples.
@@ -105,6 +108,8 @@ def train(
     done = _resume(place, optimizer, stream)
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp))
+        if validation is not None:
+            validation.recall(read_metrics(place.metrics))
         stopped = stack.enter_context(_stop_signals())
         bar = stack.enter_context(progress(total_steps, "train", "step", done))
         items = islice(stream, total_steps - done)
@@ -122,6 +127,9 @@ def train(
             if (number + 1) % config.log_steps == 0 or last:
                 metrics.append(_line(number + 1, batch.after, step, meter))
                 meter = _Meter()
+            if validation is not None and (validation.due(number + 1) or last):
+                with meter.aside():
+                    metrics.append(validation.line(number + 1))
             if (number + 1) % config.checkpoint_steps == 0 or last or stopped.is_set():
                 place.recheck()
                 checkpoint.save(
@@ -237,6 +245,13 @@ class _Meter:
 
     def count(self, batch: GlobalBatch) -> None:
         self.tokens += batch.tokens
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

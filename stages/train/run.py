@@ -29,6 +29,7 @@ from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
 from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
+from kdpipe.stages.train.validation import Validation, held_out_targets
 from kdpipe.stages.train.weights import Weighting
 
 _NEVER_TRAINED = {
@@ -62,6 +63,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         raise KdpipeError(NO_FLOAT16)
     ledger = plans["cache-teachers"].ledger
     targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
+    held = held_out_targets(ctx, plans)
     stream = _stream(config.seed, config.global_batch_tokens, config.window_parts, config.epochs, targets)
     total = stream.total_steps(config.max_steps)
     samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
@@ -71,12 +73,13 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
         Encoder(base),
         samples,
         Store(ledger.parts, ledger),
-        {sample: row.length for sample, row in targets.items()},
+        {sample: row.length for sample, row in (targets | held).items()},
         needs.textual.layers if needs.textual is not None else 0,
         pinned=pick_device(config.device).type == "cuda",
     )
 
-    weights = Weighting(terms, {sample.id: sample.task for sample in samples.values()}, total)
+    tasks = {sample.id: sample.task for sample in samples.values()}
+    weights = Weighting(terms, tasks, total)
 
     def recheck() -> None:
         ctx.recheck([samples[want.id] for want in plan.wanted])
@@ -91,7 +94,21 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
     with _reproducible(config.seed):
         student = load_model(base, device=config.device, train=True)
         optimizer, objective = _prepare(ctx, student, terms, needs, total)
-        train(config, place, objective, weights, optimizer, stream, reader, total)
+        validation = None
+        if held:
+            validation = Validation(
+                student.model,
+                objective,
+                weights,
+                reader,
+                held,
+                tasks,
+                batch_tokens=config.global_batch_tokens,
+                every=config.validate_steps,
+            )
+        if config.validation_fraction > 0:
+            ctx.say(f"train: {len(held)} samples are held out for validation, {len(plan.wanted)} are trained on")
+        train(config, place, objective, weights, optimizer, stream, reader, total, validation)
     recheck()
     made = Made(
         base=base,

@@ -96,6 +96,33 @@ class Run:
 MakeRun = Callable[..., Run]
 
 
+def story(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics without what clock and machine say."""
+    clocked = {"seconds", "tokens_per_second", "data_wait", "peak_memory_gib"}
+    return [{name: value for name, value in line.items() if name not in clocked} for line in metrics]
+
+
+class Ready(Exception):
+    """Training is about to begin."""
+
+
+def ready(run: Run, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    """What the training loop is given, by name, without training."""
+    from kdpipe.stages.train import run as module
+
+    given: dict[str, Any] = {}
+
+    def keep(config, place, objective, weights, optimizer, stream, reader, total, *rest):
+        given.update(config=config, objective=objective, weights=weights, stream=stream, reader=reader, total=total)
+        raise Ready
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", keep)
+        with pytest.raises(Ready):
+            run.train(**changes)
+    return given
+
+
 def write_world(folder: Path, samples: int) -> None:
     """Clips of tones with questions, descriptions and gold traces, so that no vLLM is needed."""
     import soundfile

@@ -15,10 +15,11 @@ from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.config import Config
 from kdpipe.stages.config_loss import ScheduleConfig, TaskWeightsConfig, WeightsConfig
-from kdpipe.stages.train import run as run_module
 from kdpipe.stages.train.stage import STAGE
 from kdpipe.stages.train.terms import resolve_terms
 from kdpipe.stages.train.weights import OVER_AUDIO, Weighting, schedule_factor, weighed
+
+from .conftest import ready
 
 ALL = "all + acoustic + SFT"
 HIDDEN = "hidden + acoustic top + SFT"
@@ -29,25 +30,6 @@ AQA = TaskWeightsConfig(sft=0.0, acoustic=0.0, top=2.0)
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-class _Ready(Exception):
-    """Training is about to begin."""
-
-
-def ready(run: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
-    """What the training loop is given, by name, without training."""
-    given: dict[str, Any] = {}
-
-    def keep(config, place, objective, weights, optimizer, stream, reader, total, *rest):
-        given.update(config=config, objective=objective, weights=weights, stream=stream, reader=reader, total=total)
-        raise _Ready
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "train", keep)
-        with pytest.raises(_Ready):
-            run.train(**changes)
-    return given
 
 
 def gradients(objective: Any) -> dict[str, torch.Tensor]:
