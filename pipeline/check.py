@@ -17,6 +17,7 @@ from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.config import ModelConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.vocabulary import Alignment, align, load_vocabulary
+from kdpipe.stages.train.metrics import missing_watchers
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
             return folder
         return None
 
+    problems += missing_watchers(ctx.config.train.log_to)
     with gather():
         _check_samples(ctx, problems, lines)
     config = ctx.config

@@ -297,6 +297,8 @@ class TrainConfig:
     """Checkpoints kept."""
     log_steps: int = bounded(1, 1, how=True)
     """Optimizer steps between lines in metrics.jsonl."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = execution(())
+    """Where metrics go beside metrics.jsonl; needs `pip install` of what is named. See docs/training.md, "Watching"."""
     device: Device = execution("auto")
     """auto: a GPU where there is one."""
     head_form: Literal["auto", "reference", "chunked", "triton", "in_forward"] = execution("auto")

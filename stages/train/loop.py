@@ -23,14 +23,15 @@ import torch
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.stream import Stream, StreamState, prefetch
-from kdpipe.stages.config import TrainConfig
+from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.data import GlobalBatch, Reader
-from kdpipe.stages.train.metrics import MetricsFile, read_metrics
+from kdpipe.stages.train.metrics import read_metrics
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer
 from kdpipe.stages.train.validation import Validation
+from kdpipe.stages.train.watchers import bar_text, peak_memory, watch
 from kdpipe.stages.train.weights import OVER_AUDIO, Weighting
 
 _AHEAD = 4  # global batches loaded ahead of the step
@@ -107,7 +108,9 @@ def train(
     """
     done = _resume(place, optimizer, stream)
     with ExitStack() as stack:
-        metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp))
+        metrics = stack.enter_context(
+            watch(config.log_to, place.folder, place.tmp, done, place.identity, identity_of(config))
+        )
         if validation is not None:
             validation.recall(read_metrics(place.metrics))
         stopped = stack.enter_context(_stop_signals())
@@ -122,10 +125,12 @@ def train(
             batch.release()
             meter.count(batch)
             bar.update()
-            bar.set_postfix_str(f"loss {step.loss:.4f}, {meter.rate:.0f} tok/s", refresh=False)
+            memory = peak_memory(objective.device)
+            text = bar_text(step.loss, step.terms, step.grad_norm, step.learning_rate, meter.rate, meter.waited, memory)
+            bar.set_postfix_str(text, refresh=False)
             last = number + 1 == total_steps
             if (number + 1) % config.log_steps == 0 or last:
-                metrics.append(_line(number + 1, batch.after, step, meter))
+                metrics.append(_line(number + 1, batch.after, step, meter, memory))
                 meter = _Meter()
             if validation is not None and (validation.due(number + 1) or last):
                 with meter.aside():
@@ -211,7 +216,7 @@ def _resume(place: Place, optimizer: Optimizer, stream: Stream) -> int:
     return found.step
 
 
-def _line(step: int, after: StreamState, values: Step, meter: _Meter) -> dict[str, Any]:
+def _line(step: int, after: StreamState, values: Step, meter: _Meter, memory: int) -> dict[str, Any]:
     return {
         "step": step,
         "epoch": after.epoch + 1 if after.batch else after.epoch,
@@ -222,7 +227,8 @@ def _line(step: int, after: StreamState, values: Step, meter: _Meter) -> dict[st
         "grad_norm": values.grad_norm,
         "tokens": meter.tokens,
         "tokens_per_second": round(meter.rate, 1),
-        "data_wait": round(meter.wait / max(meter.seconds, 1e-9), 4),
+        "data_wait": round(meter.waited, 4),
+        "peak_memory_gib": round(memory / 2**30, 3),
         "seconds": round(meter.seconds, 4),
     }
 
@@ -242,6 +248,10 @@ class _Meter:
     @property
     def rate(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def waited(self) -> float:
+        return self.wait / max(self.seconds, 1e-9)
 
     def count(self, batch: GlobalBatch) -> None:
         self.tokens += batch.tokens

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kdpipe.data.errors import KdpipeError
+from kdpipe.data.errors import ConfigError, KdpipeError
 from kdpipe.data.files import build_aside, listing, move_into_place
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_files import Row
@@ -24,7 +24,7 @@ from kdpipe.stages.train.card import Made, model_card
 from kdpipe.stages.train.data import Reader
 from kdpipe.stages.train.export import published_names, write_student
 from kdpipe.stages.train.loop import Place, train
-from kdpipe.stages.train.metrics import read_metrics
+from kdpipe.stages.train.metrics import missing_watchers, read_metrics
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
 from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
@@ -61,6 +61,8 @@ def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
     base, terms = needs.student, resolve_terms(ctx.config, needs)
     if base.settings.dtype == "float16":
         raise KdpipeError(NO_FLOAT16)
+    if problems := missing_watchers(config.log_to):
+        raise ConfigError(problems)
     ledger = plans["cache-teachers"].ledger
     targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
     held = held_out_targets(ctx, plans)
