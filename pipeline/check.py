@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kdpipe.data.errors import ConfigError, KdpipeError, ManifestError, Rejected
-from kdpipe.data.manifest import check_sample
+from kdpipe.data.manifest import Sample, check_sample
 from kdpipe.stages.base import Context
 from kdpipe.stages.cache_teachers.blocks import block_bounds
 from kdpipe.stages.cache_teachers.layers import layer_map
@@ -18,6 +18,7 @@ from kdpipe.stages.config import ModelConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.vocabulary import Alignment, align, load_vocabulary
 from kdpipe.stages.train.lora_targets import adapted_layers, describe
+from kdpipe.stages.train.metrics import missing_watchers
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
             return folder
         return None
 
+    problems += missing_watchers(ctx.config.train.log_to)
     with gather():
         _check_samples(ctx, problems, lines)
     config = ctx.config
@@ -110,6 +112,21 @@ def _vocabulary(student: ModelFolder, teacher: ModelFolder) -> Alignment:
     return align(ours, theirs, student.head_rows, teacher.head_rows)
 
 
+def unknown_tasks(named: Iterable[str], samples: Iterable[Sample], split: str) -> list[str]:
+    """One problem for each task of `train.task_weights` that no sample of the training split has."""
+    there = {sample.task for sample in samples if sample.task is not None}
+    problems = []
+    for task in named:
+        if task not in there:
+            close = difflib.get_close_matches(task, list(there), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(
+                f"train.task_weights.{task}: no sample of split {split!r} has this task "
+                f"(there are {', '.join(sorted(there)) or 'none: the column task is empty'}){hint}"
+            )
+    return problems
+
+
 def _check_samples(ctx: Context, problems: list[str], lines: list[str]) -> None:
     data = ctx.config.data
     samples = ctx.manifest.samples
@@ -122,6 +139,7 @@ def _check_samples(ctx: Context, problems: list[str], lines: list[str]) -> None:
             problems.append(
                 f"{key}: no sample of the manifest is in split {name!r} (there are {', '.join(splits)}){hint}"
             )
+    problems += unknown_tasks(ctx.config.train.task_weights, ctx.samples(data.train_split), data.train_split)
     wanted = [sample for sample in samples if (sample.split or "train") in (data.train_split, data.eval_split)]
     reasons: dict[str, list[str]] = defaultdict(list)
     for sample in wanted:

@@ -135,10 +135,15 @@ def _bind_mapping(arguments: tuple[Any, ...], node: Node, key: str, name: str, p
         return {k: plain(v) for k, v in node.value.items()}
     result = {}
     for text, item in node.value.items():
-        if not (text.isascii() and text.isdecimal()):
-            problems.append(f"{_where(name, item)}: {key}.{text}: expected a whole number as key")
+        place = f"{_where(name, item)}: {key}.{text}"
+        if arguments[0] is int and not (text.isascii() and text.isdecimal()):
+            problems.append(f"{place}: expected a whole number as key")
             continue
-        result[int(text)] = _bind(arguments[1], item, f"{key}.{text}", name, problems)
+        known = typing.get_args(arguments[0])
+        if known and text not in known:
+            problems.append(f"{place}: {text!r} is none of {', '.join(known)}{_hint(text, known)}")
+            continue
+        result[int(text) if arguments[0] is int else text] = _bind(arguments[1], item, f"{key}.{text}", name, problems)
     return result
 
 
@@ -244,8 +249,15 @@ def _relations(config: Config) -> list[str]:
         problems.append("train.lora.targets: is empty, so nothing would be trained; say [decoder], or leave it out")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         problems.append("train.betas: give two numbers, each at least 0 and below 1")
-    if not any(dataclasses.astuple(train.weights)):
+    if not any(dataclasses.astuple(train.largest_weights)):
         problems.append("train.weights: all are zero, so nothing would be learnt; set at least one")
+    for term, schedule in train.weight_schedule.items():
+        if schedule.after > schedule.until:
+            problems.append(
+                f"train.weight_schedule.{term}: after, {schedule.after:g}, is more than until, {schedule.until:g}"
+            )
+        if not getattr(train.largest_weights, term):
+            problems.append(f"train.weight_schedule.{term}: the weight of {term} is zero; set it, or leave this out")
     if config.layers.mode == "map" and not config.layers.map:
         problems.append("layers.map: mode is map, so give at least one `student layer: teacher layer`")
     if config.layers.mode != "map" and config.layers.map:
@@ -273,9 +285,10 @@ def _beyond_vllm(config: Config) -> list[str]:
         problems.append(f"teachers.tail_blocks: {given} one tail alone; say 1, {otherwise}")
     if teachers.draws > 0:
         problems.append(f"teachers.draws: {given} the likeliest entries and no draws; say 0, {otherwise}")
-    if config.train.weights.layer > 0:
+    if config.train.largest_weights.layer > 0:
+        where = "weights" if config.train.weights.layer > 0 else "task_weights"
         problems.append(
-            f"train.weights.layer: {given} the last layer alone, no layers below it; set train.weights.layer: 0, "
+            f"train.{where}.layer: {given} the last layer alone, no layers below it; set train.{where}.layer: 0, "
             f"{otherwise}"
         )
     return problems

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kdpipe.stages import config as schema
@@ -58,6 +58,9 @@ def _rows(section: type, prefix: str) -> Iterator[str]:
         elif inner is not None and field.default is None:
             yield f"| `{name}` | section or null | `null` | **identity** | {docs.get(field.name, '')} |"
             yield from _rows(inner, f"{name}.")
+        elif inner is not None and typing.get_origin(hints[field.name]) is Mapping:
+            yield f"| `{name}` | mapping | {_default(field)} | **identity** | {docs.get(field.name, '')} |"
+            yield from _rows(inner, f"{name}.*.")
         elif inner is not None:
             yield from _rows(inner, f"{name}.")
         else:

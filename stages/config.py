@@ -11,31 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kdpipe.stages.config_fields import bounded, execution
+from kdpipe.stages.config_fields import identity_of as identity_of
+from kdpipe.stages.config_loss import ScheduleConfig, TaskWeightsConfig, Term, WeightsConfig, largest
+
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Distance = Literal["cosine", "mse", "smooth_l1"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl", "sampled_ce"]
-
-
-def execution(default: Any = dataclasses.MISSING) -> Any:
-    """A field that says how, not what: never part of a key."""
-    return dataclasses.field(default=default, metadata={"execution": True})
-
-
-def bounded(default: Any, low: float | None = None, high: float | None = None, *, how: bool = False) -> Any:
-    """A number with inclusive bounds that `kdpipe check` enforces; `how=True` marks an execution field."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "execution": how})
-
-
-def identity_of(section: Any) -> dict[str, Any]:
-    """The identity fields of a section, nested sections included, as plain values."""
-    values = {}
-    for field in dataclasses.fields(section):
-        if field.metadata.get("execution"):
-            continue
-        value = getattr(section, field.name)
-        values[field.name] = identity_of(value) if dataclasses.is_dataclass(value) else value
-    return values
 
 
 @dataclass(frozen=True)
@@ -256,22 +239,6 @@ class TeachersConfig:
 
 
 @dataclass(frozen=True)
-class WeightsConfig:
-    """L = top * L_top + layer * sum L_layer + acoustic * L_ac + acoustic_top * L_ac_top + sft * L_sft."""
-
-    top: float = bounded(1.0, 0.0)
-    """Textual teacher, last layer."""
-    layer: float = bounded(0.05, 0.0)
-    """Textual teacher, mapped layers (summed over layers)."""
-    acoustic: float = bounded(0.05, 0.0)
-    """Acoustic teacher's hidden states at the audio positions (mean over layers)."""
-    acoustic_top: float = bounded(0.0, 0.0)
-    """Acoustic teacher's distribution over the response."""
-    sft: float = bounded(0.5, 0.0)
-    """Cross-entropy on the response."""
-
-
-@dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters: the student's weights stay as they are, and two small matrices beside each are trained."""
 
@@ -295,6 +262,10 @@ class TrainConfig:
     """Stage two: the student."""
 
     weights: WeightsConfig = WeightsConfig()
+    task_weights: Mapping[str, TaskWeightsConfig] = dataclasses.field(default_factory=dict)
+    """By the manifest's `task`: other weights for samples of that task; see docs/training.md, "Weights by task"."""
+    weight_schedule: Mapping[Term, ScheduleConfig] = dataclasses.field(default_factory=dict)
+    """By term: a factor of its weight that moves over the steps, for samples of every task."""
     divergence: Divergence = "jsd"
     """Divergence between teacher and student distributions; `sampled_ce` needs `teachers.draws`."""
     beta: float = bounded(0.5, 0.0, 1.0)
@@ -336,18 +307,35 @@ class TrainConfig:
     """Parts whose samples are shuffled together."""
     seed: int = bounded(0, 0, 2**63 - 1)
     """Seeds the order of the samples and everything random in training."""
+    validation_fraction: float = bounded(0.0, 0.0, 0.5)
+    """Share of the clips that are never trained on, so that the loss on their samples tells what was learnt; 0: none.
+    See docs/training.md, "Validation"."""
+    validate_steps: int = bounded(200, 1, how=True)
+    """Optimizer steps between measurements of the held-out loss; the last step is always followed by one."""
     checkpoint_steps: int = bounded(200, 1, how=True)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = bounded(2, 1, how=True)
     """Checkpoints kept."""
     log_steps: int = bounded(1, 1, how=True)
     """Optimizer steps between lines in metrics.jsonl."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = execution(())
+    """Where metrics go beside metrics.jsonl; needs `pip install` of what is named. See docs/training.md, "Watching"."""
     device: Device = execution("auto")
     """auto: a GPU where there is one."""
     head_form: Literal["auto", "reference", "chunked", "triton", "in_forward"] = execution("auto")
     """How the output head and its losses are computed; auto: see docs/losses.md, "Forms"."""
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, more time."""
+
+    def weights_of(self, task: str | None) -> WeightsConfig:
+        """Weights of the samples of a task, or of those without one."""
+        own = None if task is None else self.task_weights.get(task)
+        return self.weights if own is None else own.over(self.weights)
+
+    @property
+    def largest_weights(self) -> WeightsConfig:
+        """The largest weight of each term: above zero where the term counts for any task."""
+        return largest([self.weights, *map(self.weights_of, self.task_weights)])
 
 
 @dataclass(frozen=True)

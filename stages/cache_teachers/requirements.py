@@ -71,7 +71,7 @@ def requirements(ctx: Context) -> Requirements:
         VocabularyError: a teacher's tokenizer disagrees with the student's; names the first differing id.
     """
     config = ctx.config
-    weights = config.train.weights
+    weights = config.train.largest_weights
     student = resolve(config.student.model, ctx.base)
     _must_hear(student, "student.model")
     reader = resolve(config.teachers.textual.model, ctx.base)

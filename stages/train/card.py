@@ -106,6 +106,8 @@ def _named(folder: ModelFolder) -> str:
 
 
 def _metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    measured = [line for line in metrics if "validation" in line]
+    metrics = [line for line in metrics if "validation" not in line]
     if not metrics:
         return ["No step was logged."]
     first, last = metrics[0], metrics[-1]
@@ -114,4 +116,10 @@ def _metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in names:
         values = [line["loss"] if name == "loss" else line["terms"].get(name, float("nan")) for line in (first, last)]
         rows.append(f"| {name} | {values[0]:.4f} | {values[1]:.4f} |")
+    if measured:
+        found = measured[-1]["validation"]
+        text = f"Held-out loss on {found['samples']} samples: {found['loss']:.4f} after step {measured[-1]['step']}"
+        if "best_loss" in found:
+            text += f"; the lowest was {found['best_loss']:.4f} after step {found['best_step']}"
+        rows += ["", f"{text}."]
     return rows

@@ -100,7 +100,7 @@ class Reader:
         self._teacher_layers = teacher_layers
         taught = set(terms.layers.values())
         lens = taught if terms.match == "lens" else set()
-        self._lens = tuple(sorted(lens | ({teacher_layers} if terms.top > 0 else set())))
+        self._lens = tuple(sorted(lens | ({teacher_layers} if terms.on("top") else set())))
         self._states = tuple(sorted(taught)) if terms.match == "hidden" else ()
         temperature = 1.0 if terms.compared is None else terms.compared.temperature
         self._temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
@@ -136,7 +136,7 @@ class Reader:
                 prefix = TOP if layer == self._teacher_layers else lens_prefix(layer)
                 textual[layer] = self._distribution(part, row, prefix)
         acoustic_top = None
-        if self._terms.acoustic_top > 0:
+        if self._terms.on("acoustic_top"):
             part, row = self._store.get(sample.id, "acoustic_top")
             acoustic_top = self._distribution(part, row, TOP)
         if self._terms.acoustic_layers:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -25,13 +25,16 @@ import torch
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.stream import Stream, StreamState, prefetch
-from kdpipe.stages.config import TrainConfig
+from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.data import GlobalBatch, Reader
-from kdpipe.stages.train.metrics import MetricsFile
-from kdpipe.stages.train.objective import OVER_AUDIO, Objective
+from kdpipe.stages.train.metrics import read_metrics
+from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer
+from kdpipe.stages.train.validation import Validation
+from kdpipe.stages.train.watchers import Watchers, bar_text, peak_memory, watch
+from kdpipe.stages.train.weights import OVER_AUDIO, Weighting
 from kdpipe.stages.train.world import World
 
 _AHEAD = 4  # global batches loaded ahead of the step
@@ -84,12 +87,13 @@ def train(
     config: TrainConfig,
     place: Place,
     objective: Objective,
-    weights: Mapping[str, float],
+    weights: Weighting,
     optimizer: Optimizer,
     stream: Stream,
     reader: Reader,
     total_steps: int,
     world: World,
+    validation: Validation | None = None,
 ) -> None:
     """Trains from the last checkpoint, or from the start, to the last step, where it leaves a checkpoint.
 
@@ -97,12 +101,13 @@ def train(
         config: the `train` section.
         place: where files go.
         objective: gives each term of a micro-batch.
-        weights: weight of each term.
+        weights: weight of each term, by task and step.
         optimizer: of the student and of the objective's projections.
         stream: order of the samples.
         reader: loads them.
         total_steps: optimizer steps of the whole run.
         world: the processes that train together; each is given its own share of the stream.
+        validation: measures the held-out loss; None for none.
 
     Raises:
         KdpipeError: loss or gradient is not finite; names the samples.
@@ -110,7 +115,13 @@ def train(
     """
     done = _resume(place, optimizer, stream, world)
     with ExitStack() as stack:
-        metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp)) if world.is_first else None
+        metrics = stack.enter_context(
+            watch(config.log_to, place.folder, place.tmp, done, place.identity, identity_of(config))
+            if world.is_first
+            else nullcontext(Watchers([]))
+        )
+        if validation is not None and world.is_first:
+            validation.recall(read_metrics(place.metrics))
         stopped = stack.enter_context(_stop_signals())
         bar = stack.enter_context(progress(total_steps, "train", "step", done, shown=world.is_first))
         items = islice(stream, total_steps - done)
@@ -125,12 +136,16 @@ def train(
             batch.release()
             meter.tokens += step.tokens
             bar.update()
-            bar.set_postfix_str(f"loss {step.loss:.4f}, {meter.rate:.0f} tok/s", refresh=False)
+            memory = peak_memory(objective.device)
+            text = bar_text(step.loss, step.terms, step.grad_norm, step.learning_rate, meter.rate, meter.waited, memory)
+            bar.set_postfix_str(text, refresh=False)
             last = number + 1 == total_steps
             if (number + 1) % config.log_steps == 0 or last:
-                if metrics is not None:
-                    metrics.append(_line(number + 1, batch.after, step, meter))
+                metrics.append(_line(number + 1, batch.after, step, meter, memory))
                 meter = _Meter()
+            if validation is not None and (validation.due(number + 1) or last):
+                with meter.aside():
+                    world.first_does(partial(_validate, validation, metrics, number + 1))
             stop = any(world.exchange(stopped.is_set()))
             if (number + 1) % config.checkpoint_steps == 0 or last or stop:
                 world.first_does(partial(_save, place, optimizer, number + 1, batch.after, config.keep_checkpoints))
@@ -143,7 +158,7 @@ def train(
 
 def train_step(
     objective: Objective,
-    weights: Mapping[str, float],
+    weights: Weighting,
     optimizer: Optimizer,
     batch: GlobalBatch,
     number: int,
@@ -155,7 +170,7 @@ def train_step(
 
     Args:
         objective: gives each term of a micro-batch.
-        weights: weight of each term.
+        weights: weight of each term, by task and step.
         optimizer: takes the step.
         batch: the samples of this rank; there may be none.
         number: steps done before.
@@ -170,10 +185,10 @@ def train_step(
     def normalizer(name: str) -> int:
         return max(1, audio if name == OVER_AUDIO else response)
 
-    factors = {name: weight / normalizer(name) for name, weight in weights.items()}
     losses, sums = [], []
     for micro in batch.micros:
-        made = objective(micro.to(objective.device), factors)
+        micro = micro.to(objective.device)
+        made = objective(micro, weights.factors(micro.batch, number, normalizer))
         made.loss.backward()
         losses.append(made.loss.detach())
         flat = {name: value for name, value in made.terms.items()}
@@ -224,6 +239,10 @@ def _not_finite(what: str, number: int, ids: Sequence[str]) -> str:
     )
 
 
+def _validate(validation: Validation, metrics: Watchers, step: int) -> None:
+    metrics.append(validation.line(step))
+
+
 def _save(place: Place, optimizer: Optimizer, step: int, after: StreamState, keep: int) -> None:
     place.recheck()
     checkpoint.save(
@@ -251,7 +270,7 @@ def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) ->
     return found.step
 
 
-def _line(step: int, after: StreamState, values: Step, meter: _Meter) -> dict[str, Any]:
+def _line(step: int, after: StreamState, values: Step, meter: _Meter, memory: int) -> dict[str, Any]:
     return {
         "step": step,
         "epoch": after.epoch + 1 if after.batch else after.epoch,
@@ -262,7 +281,8 @@ def _line(step: int, after: StreamState, values: Step, meter: _Meter) -> dict[st
         "grad_norm": values.grad_norm,
         "tokens": meter.tokens,
         "tokens_per_second": round(meter.rate, 1),
-        "data_wait": round(meter.wait / max(meter.seconds, 1e-9), 4),
+        "data_wait": round(meter.waited, 4),
+        "peak_memory_gib": round(memory / 2**30, 3),
         "seconds": round(meter.seconds, 4),
     }
 
@@ -282,6 +302,17 @@ class _Meter:
     @property
     def rate(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def waited(self) -> float:
+        return self.wait / max(self.seconds, 1e-9)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return lines
+
+
+def missing_watchers(log_to: Sequence[str]) -> list[str]:
+    """One problem for each library of `train.log_to` that is not installed; imports none."""
+    problems = []
+    for name in log_to:
+        found = importlib.util.find_spec(name)
+        # A folder of that name, as Weights & Biases leaves behind, is found too, but holds no module.
+        if found is None or found.origin is None:
+            problems.append(f"train.log_to: {name} is not installed here. Run `pip install {name}`, or leave it out.")
+    return problems
 
 
 class MetricsFile:

@@ -6,10 +6,11 @@ and N more for each further lens layer), H width of the student, W width of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kdpipe.stages.models.folder import ModelFolder
@@ -29,9 +30,7 @@ from kdpipe.stages.train.losses import (
     hidden_loss,
 )
 from kdpipe.stages.train.terms import Terms
-
-OVER_AUDIO = "acoustic"
-"""The one term that is a sum over audio tokens; the others are sums over response tokens."""
+from kdpipe.stages.train.weights import OVER_AUDIO, Factor, add, split, weighed
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,13 @@ class Objective:
         weight = self._student.head_weight
         return choose_form(self._form, weight, weight, with_loss=True)
 
-    def __call__(self, micro: MicroBatch, factors: Mapping[str, float]) -> Sums:
+    def __call__(self, micro: MicroBatch, factors: Mapping[str, Factor]) -> Sums:
         """Runs the student and compares.
 
         Args:
             micro: on the student's device.
-            factors: of each term in the loss, its share of the global normalizer included; 0 for those not named.
+            factors: of each term in the loss, its share of the global normalizer included: one number, or one a token;
+                0 for those not named.
         """
         terms, batch = self._terms, micro.batch
         depth = len(self._student.layers)
@@ -149,22 +149,21 @@ class Objective:
             distances = {
                 layer: hidden_loss(
                     states_NH[layer], micro.textual_states[theirs], self.projections[str(layer)], terms.distance
-                ).sum()
+                )
                 for layer, theirs in terms.layers.items()
             }
-            total = _total(distances.values())
-            loss = loss + factors.get("layer", 0.0) * total
-            sums["layer"] = total.detach()
-            sources |= {f"layer/{layer:02d}": {"distance": value.detach()} for layer, value in distances.items()}
+            loss = loss + weighed(distances.values(), factors.get("layer", 0.0))
+            sums["layer"], seen = _distances("layer", distances)
+            sources |= seen
         if terms.acoustic_layers and terms.distance is not None:
             distances = {
-                layer: hidden_loss(heard_AH[layer], micro.acoustic_states[layer], None, terms.distance).sum()
+                layer: hidden_loss(heard_AH[layer], micro.acoustic_states[layer], None, terms.distance)
                 for layer in terms.acoustic_layers
             }
-            mean = _total(distances.values()) / len(distances)
-            loss = loss + factors.get(OVER_AUDIO, 0.0) * mean
-            sums[OVER_AUDIO] = mean.detach()
-            sources |= {f"acoustic/{layer:02d}": {"distance": value.detach()} for layer, value in distances.items()}
+            loss = loss + weighed(distances.values(), factors.get(OVER_AUDIO, 0.0)) / len(distances)
+            total, seen = _distances(OVER_AUDIO, distances)
+            sums[OVER_AUDIO] = total / len(distances)
+            sources |= seen
         return Sums(loss, sums, sources)
 
     def _head(
@@ -172,7 +171,7 @@ class Objective:
         micro: MicroBatch,
         last_NH: torch.Tensor,
         lens_NH: Mapping[int, torch.Tensor],
-        factors: Mapping[str, float],
+        factors: Mapping[str, Factor],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
         """Labels, top, lens layers and acoustic top through the output head at once."""
         terms, targets_N = self._terms, micro.batch.targets
@@ -184,23 +183,25 @@ class Objective:
         # teacher's last layer is the top itself, and is computed once for both terms.
         group = {layer: place + 1 for place, layer in enumerate(lens_NH)}
         top = (0, self._teacher_layers)
-        names: dict[tuple[int, int], list[str]] = {top: ["top"]} if terms.top > 0 else {}
+        names: dict[tuple[int, int], list[str]] = {top: ["top"]} if terms.on("top") else {}
         for ours, theirs in terms.layers.items() if terms.match == "lens" else ():
             names.setdefault((group.get(ours, 0), theirs), []).append(f"layer/{ours:02d}")
         teachers = [
             TeacherRows(
                 slice(place * count, (place + 1) * count),
                 micro.textual[theirs],
-                sum(factors.get(name.split("/")[0], 0.0) for name in named),
+                *split(add(factors.get(name.split("/")[0], 0.0) for name in named)),
             )
             for (place, theirs), named in names.items()
         ]
         given = list(names.values())
         if micro.acoustic_top is not None:
-            teachers.append(TeacherRows(slice(0, count), micro.acoustic_top, factors.get("acoustic_top", 0.0)))
+            weight = split(factors.get("acoustic_top", 0.0))
+            teachers.append(TeacherRows(slice(0, count), micro.acoustic_top, *weight))
             given.append(["acoustic_top"])
 
         compared = terms.compared
+        label_weight, own_N = split(factors.get("sft", 0.0))
         result = head_terms(
             hidden_MH,
             self._student.head_weight,
@@ -211,7 +212,8 @@ class Objective:
             else Divergence(compared.kind, compared.beta, compared.alpha),
             temperature=1.0 if compared is None else compared.temperature,
             t_squared=compared is not None and compared.t_squared,
-            label_weight=factors.get("sft", 0.0),
+            label_weight=label_weight,
+            label_token_weights=None if own_N is None else F.pad(own_N, (0, len(hidden_MH) - count)),
             z_loss=terms.z_loss,
             blocks=micro.block_starts if len(micro.block_starts) > 1 else None,
             valid_vocab=None if self._alignment is None else self._alignment.valid,
@@ -233,5 +235,10 @@ def _sums(seen: Diagnostics) -> dict[str, torch.Tensor]:
     return {field.name: getattr(seen, field.name).sum() for field in fields(seen)}
 
 
-def _total(values: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(values)).sum()
+def _distances(
+    name: str, distances: Mapping[int, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
+    """Sum over rows and layers, and the sums over rows by layer, without gradients."""
+    sums = {layer: value.detach().sum() for layer, value in distances.items()}
+    seen = {f"{name}/{layer:02d}": {"distance": value} for layer, value in sums.items()}
+    return torch.stack(list(sums.values())).sum(), seen

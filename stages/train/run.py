@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kdpipe.data.errors import KdpipeError
+from kdpipe.data.errors import ConfigError, KdpipeError
 from kdpipe.data.files import build_aside, listing, move_into_place, remove
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_files import Row
@@ -26,11 +26,13 @@ from kdpipe.stages.train.export import published_names, write_student
 from kdpipe.stages.train.loop import Place, train
 from kdpipe.stages.train.lora import Adapter, add_adapter
 from kdpipe.stages.train.lora_targets import describe
-from kdpipe.stages.train.metrics import read_metrics
+from kdpipe.stages.train.metrics import missing_watchers, read_metrics
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
 from kdpipe.stages.train.stage import ADAPTER, SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
+from kdpipe.stages.train.validation import Validation, held_out_targets
+from kdpipe.stages.train.weights import Weighting
 from kdpipe.stages.train.world import World
 
 _NEVER_TRAINED = {
@@ -64,8 +66,11 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
     base, terms = needs.student, resolve_terms(ctx.config, needs)
     if base.settings.dtype == "float16":
         raise KdpipeError(NO_FLOAT16)
+    if problems := missing_watchers(config.log_to):
+        raise ConfigError(problems)
     ledger = plans["cache-teachers"].ledger
     targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
+    held = held_out_targets(ctx, plans)
     stream = _stream(config, targets, world)
     total = stream.total_steps(config.max_steps)
     samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
@@ -75,10 +80,13 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
         Encoder(base),
         samples,
         Store(ledger.parts, ledger),
-        {sample: row.length for sample, row in targets.items()},
+        {sample: row.length for sample, row in (targets | held).items()},
         needs.textual.layers if needs.textual is not None else 0,
         pinned=world.device.type == "cuda",
     )
+
+    tasks = {sample.id: sample.task for sample in samples.values()}
+    weights = Weighting(terms, tasks, total)
 
     def recheck() -> None:
         ctx.recheck([samples[want.id] for want in plan.wanted])
@@ -93,7 +101,21 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
     with _reproducible(config.seed):
         student = load_model(base, device=world.device, train=True)
         optimizer, objective, adapter = _prepare(ctx, student, terms, needs, total)
-        train(config, place, objective, terms.weights, optimizer, stream, reader, total, world)
+        validation = None
+        if held:
+            validation = Validation(
+                student.model,
+                objective,
+                weights,
+                reader,
+                held,
+                tasks,
+                batch_tokens=config.global_batch_tokens,
+                every=config.validate_steps,
+            )
+        if config.validation_fraction > 0:
+            ctx.say(f"train: {len(held)} samples are held out for validation, {len(plan.wanted)} are trained on")
+        train(config, place, objective, weights, optimizer, stream, reader, total, world, validation)
 
     def export() -> None:
         recheck()

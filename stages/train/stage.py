@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdpipe.data.hashing import digest
+from kdpipe.data.manifest import Sample
 from kdpipe.stages.base import Context, StagePlan, Wanted, compare
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.config import identity_of
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
 from kdpipe.stages.textualize.stage import sample_fields
+from kdpipe.stages.train.held_out import held_out
 from kdpipe.stages.train.terms import resolve_terms
 
 SOURCE, ADAPTER = "student", "adapter"
 """Folders of the stage: the student, and with LoRA its adapter alone."""
 _OF_SAMPLE = ("audio", "span", "question", "choices")
-_OBJECTIVE = ("weights", "divergence", "beta", "alpha", "temperature", "scale_by_temperature_squared", "z_loss")
+_APART = (
+    "validation_fraction",
+    "weights",
+    "task_weights",
+    "weight_schedule",
+    "divergence",
+    "beta",
+    "alpha",
+    "temperature",
+    "scale_by_temperature_squared",
+    "z_loss",
+)
+"""Fields of `train` that count by what they do: as terms, as weights of a sample, or as samples left out."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Train:
     whole: bool = True
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
-        """One want for each training sample that nothing upstream rejected.
+        """One want for each training sample that nothing upstream rejected and that is not held out.
 
         Raises:
             KdpipeError: the manifest or a model folder cannot be read, or the objective is empty.
@@ -39,7 +53,7 @@ class Train:
         config = ctx.config
         needs = requirements(ctx)
         terms = resolve_terms(config, needs)
-        settings = {name: value for name, value in identity_of(config.train).items() if name not in _OBJECTIVE}
+        settings = {name: value for name, value in identity_of(config.train).items() if name not in _APART}
         if config.train.lora is None:
             del settings["lora"]  # students of releases without LoRA stay fresh
         shared = {
@@ -50,16 +64,13 @@ class Train:
             "prompt": digest([config.student.system, config.student.prompt]),
         }
         cache = plans[CACHE_TEACHERS.name]
-        cached: dict[str, list[Wanted]] = {}
-        for want in cache.wanted:
-            cached.setdefault(want.id, []).append(want)
         wants = []
-        for sample in ctx.samples(config.data.train_split):
-            upstream = cached.get(sample.id, [])
-            if not upstream or any((want.id, want.source) in cache.rejected for want in upstream):
+        for sample, heard, upstream in usable(ctx, cache):
+            if held_out(heard["audio"], config.train.validation_fraction):
                 continue
-            heard = sample_fields(ctx, sample)
             fields = shared | {name: heard[name] for name in _OF_SAMPLE}
+            if sample.task in terms.tasks:
+                fields["weights"] = digest(terms.weights_of(sample.task))
             waiting = [want for want in upstream if (want.id, want.source) not in cache.fresh]
             if waiting:
                 pending = next((want.pending for want in waiting if want.pending), CACHE_TEACHERS.name)
@@ -84,6 +95,22 @@ class Train:
         from kdpipe.stages.train.run import run
 
         run(ctx, current_plans(ctx))
+
+
+def usable(ctx: Context, cache: StagePlan) -> Iterator[tuple[Sample, dict[str, str], list[Wanted]]]:
+    """Samples of the training split that nothing upstream rejected, with their digests and what is cached of them.
+
+    Args:
+        ctx: the run.
+        cache: plan of the cache-teachers stage.
+    """
+    cached: dict[str, list[Wanted]] = {}
+    for want in cache.wanted:
+        cached.setdefault(want.id, []).append(want)
+    for sample in ctx.samples(ctx.config.data.train_split):
+        upstream = cached.get(sample.id, [])
+        if upstream and not any((want.id, want.source) in cache.rejected for want in upstream):
+            yield sample, sample_fields(ctx, sample), upstream
 
 
 def current_plans(ctx: Context) -> dict[str, StagePlan]:

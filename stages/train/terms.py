@@ -7,14 +7,15 @@ its term irrelevant, `beta`, `alpha` and the draws matter to the divergences tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kdpipe.data.errors import ConfigError
 from kdpipe.stages.cache_teachers.layers import layer_map
 from kdpipe.stages.cache_teachers.requirements import Requirements
-from kdpipe.stages.config import Config, Distance
+from kdpipe.stages.config import Config, Distance, TrainConfig
 from kdpipe.stages.config import Divergence as DivergenceKind
+from kdpipe.stages.config_loss import ScheduleConfig
 
 NO_FLOAT16 = (
     "student.model.dtype: gradients underflow in float16, and kdpipe does not scale the loss. Say bfloat16 or float32."
@@ -23,6 +24,7 @@ NO_DRAWS = (
     "train.divergence: sampled_ce takes the tails from draws, and teachers.draws is 0; "
     "set teachers.draws (32, say), or choose another divergence"
 )
+_NAMES = ("top", "layer", "acoustic", "acoustic_top", "sft")
 _SKEWED = ("skew_kl", "skew_reverse_kl")
 
 
@@ -76,6 +78,8 @@ class Terms:
         acoustic_layers: layers whose states at the audio positions are compared; empty without acoustic term.
         distance: of hidden states; None where no term compares any.
         z_loss: weight of the squared log-sum-exp in the cross-entropy; 0 where that is off.
+        tasks: by task, the weights of its samples where they are not those above.
+        schedules: by term that is on, how a factor of its weight moves; those that are not named stay.
     """
 
     sft: float
@@ -89,16 +93,34 @@ class Terms:
     acoustic_layers: tuple[int, ...]
     distance: Distance | None
     z_loss: float = 0.0
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    schedules: Mapping[str, ScheduleConfig] = field(default_factory=dict)
+
+    def on(self, name: str) -> bool:
+        """Whether a term counts for any sample."""
+        return getattr(self, name) > 0 or any(weights[name] > 0 for weights in self.tasks.values())
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each term that is on, in the order of the sum."""
-        names = ("top", "layer", "acoustic", "acoustic_top", "sft")
-        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+        """Weight of each term that is on, in the order of the sum; 0 for one that is on for some task alone."""
+        return {name: getattr(self, name) for name in _NAMES if self.on(name)}
+
+    def weights_of(self, task: str | None) -> dict[str, float]:
+        """The same for samples of one task."""
+        own = self.weights if task is None else self.tasks.get(task, self.weights)
+        return {name: own[name] for name in self.weights}
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that are equal exactly when two objectives are."""
-        return asdict(self)
+        """Plain values that are equal exactly when two objectives are, apart from the weights of tasks.
+
+        Those are in the keys of their samples.
+        """
+        values = asdict(self)
+        del values["tasks"]
+        if not self.schedules:
+            # Only where there are any: keys of objectives without are older than schedules.
+            del values["schedules"]
+        return values
 
     def describe(self) -> list[str]:
         """One line for each term, for people."""
@@ -115,8 +137,18 @@ class Terms:
             "sft": "cross-entropy on the response" + (f" with z-loss {self.z_loss:g}" if self.z_loss else ""),
         }
         for name, weight in self.weights.items():
-            lines.append(f"{weight:g} x {texts[name]}")
+            own = [f"{w[name]:g} for {task}" for task, w in self.tasks.items() if w[name] != weight]
+            lines.append(f"{', '.join([f'{weight:g}', *own])} x {texts[name]}{_moves(self.schedules.get(name))}")
         return lines
+
+
+def _moves(schedule: ScheduleConfig | None) -> str:
+    if schedule is None:
+        return ""
+    return (
+        f"; its weight times {schedule.start:g} to {schedule.end:g}, {schedule.kind}, "
+        f"from {schedule.after:g} to {schedule.until:g} of the steps"
+    )
 
 
 def resolve_terms(config: Config, needs: Requirements) -> Terms:
@@ -129,15 +161,15 @@ def resolve_terms(config: Config, needs: Requirements) -> Terms:
     Raises:
         ConfigError: every weight is zero, the layer map does not fit the models, or there are no draws to sample from.
     """
-    train, weights = config.train, config.train.weights
-    if not any((weights.top, weights.layer, weights.acoustic, weights.acoustic_top, weights.sft)):
+    train, weights, most = config.train, config.train.weights, config.train.largest_weights
+    if not any(asdict(most).values()):
         raise ConfigError(["train.weights: all are zero, so there is nothing to learn. Set at least one."])
     layers: dict[int, int] = {}
-    if weights.layer > 0 and needs.textual is not None:
+    if most.layer > 0 and needs.textual is not None:
         layers = layer_map(config.layers, needs.student.layers, needs.textual.layers)
     hidden = config.layers.match == "hidden"
     compared = None
-    if weights.top > 0 or weights.acoustic_top > 0 or (layers and not hidden):
+    if most.top > 0 or most.acoustic_top > 0 or (layers and not hidden):
         sampled = train.divergence == "sampled_ce"
         if sampled and not needs.draws:
             raise ConfigError([NO_DRAWS])
@@ -163,5 +195,17 @@ def resolve_terms(config: Config, needs: Requirements) -> Terms:
         match=config.layers.match if layers else None,
         acoustic_layers=needs.heard,
         distance=config.layers.distance if needs.heard or (layers and hidden) else None,
-        z_loss=train.z_loss if weights.sft > 0 else 0.0,
+        z_loss=train.z_loss if most.sft > 0 else 0.0,
+        tasks=_tasks(train),
+        schedules={
+            name: schedule
+            for name, schedule in sorted(train.weight_schedule.items())
+            if getattr(most, name) > 0 and not schedule.start == schedule.end == 1.0
+        },
     )
+
+
+def _tasks(train: TrainConfig) -> dict[str, dict[str, float]]:
+    """Weights of the tasks that have others than samples in general."""
+    own = {task: train.weights_of(task) for task in sorted(train.task_weights)}
+    return {task: asdict(weights) for task, weights in own.items() if weights != train.weights}

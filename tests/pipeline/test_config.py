@@ -221,3 +221,35 @@ def test_every_field_is_documented():
     assert len(rows) > 80
     assert [row for row in rows if row.endswith("|  |")] == []
     assert dataclasses.is_dataclass(Config)
+
+
+def test_weights_by_task_and_schedules(tmp_path):
+    text = MINIMAL + (
+        "train:\n  task_weights: {ser: {acoustic: 0.2, top: 0.5}, aqa: }\n"
+        "  weight_schedule: {acoustic: {start: 1, end: 0, until: 0.5}}\n"
+    )
+    train = load_config(write(tmp_path, text)).train
+    assert dataclasses.asdict(train.weights_of("ser")) == {
+        **dataclasses.asdict(train.weights),
+        "acoustic": 0.2,
+        "top": 0.5,
+    }
+    assert train.weights_of("aqa") == train.weights_of("other") == train.weights_of(None) == train.weights
+    schedule = train.weight_schedule["acoustic"]
+    assert (schedule.kind, schedule.start, schedule.end, schedule.after, schedule.until) == ("linear", 1, 0, 0, 0.5)
+    assert identity_of(train)["task_weights"]["ser"]["top"] == 0.5
+
+
+def test_mistakes_in_weights_by_task_and_schedules(tmp_path):
+    text = MINIMAL + (
+        "train:\n  task_weights: {ser: {acustic: 0.2, top: -1}}\n  weight_schedule: {acustic: {end: 0}, sft: {kind: x}}"
+    )
+    found = problems(tmp_path, text)
+    assert len(found) == 4 and "train.task_weights.ser.acustic is not a known key" in found[0]
+    assert "train.task_weights.ser.top: -1 is out of range" in found[1]
+    assert "train.weight_schedule.acustic: 'acustic' is none of top, layer" in found[2]
+    assert "did you mean acoustic?" in found[2] and "'x' is none of linear, cosine" in found[3]
+    text = MINIMAL + "train: {weight_schedule: {acoustic_top: {}, sft: {after: 0.5, until: 0.25}}}"
+    found = problems(tmp_path, text)
+    assert "train.weight_schedule.acoustic_top: the weight of acoustic_top is zero" in found[0]
+    assert "train.weight_schedule.sft: after, 0.5, is more than until, 0.25" in found[1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,33 @@ class Run:
 MakeRun = Callable[..., Run]
 
 
+def story(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics without what clock and machine say."""
+    clocked = {"seconds", "tokens_per_second", "data_wait", "peak_memory_gib"}
+    return [{name: value for name, value in line.items() if name not in clocked} for line in metrics]
+
+
+class Ready(Exception):
+    """Training is about to begin."""
+
+
+def ready(run: Run, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    """What the training loop is given, by name, without training."""
+    from kdpipe.stages.train import run as module
+
+    given: dict[str, Any] = {}
+
+    def keep(config, place, objective, weights, optimizer, stream, reader, total, *rest):
+        given.update(config=config, objective=objective, weights=weights, stream=stream, reader=reader, total=total)
+        raise Ready
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", keep)
+        with pytest.raises(Ready):
+            run.train(**changes)
+    return given
+
+
 def write_world(folder: Path, samples: int) -> None:
     """Clips of tones with questions, descriptions and gold traces, so that no vLLM is needed."""
     import soundfile
@@ -152,5 +180,22 @@ def cached(family: Miniatures, tmp_path_factory: pytest.TempPathFactory) -> Make
             made[name] = Run(config, folder)
             made[name].bring_up_to_date(TEXTUALIZE, CACHE_TEACHERS)
         return made[name]
+
+    return make
+
+
+@pytest.fixture
+def tasked(cached: MakeRun, tmp_path: Path) -> Callable[..., Run]:
+    """`tasked(setting, tasks)`: a copy of a cached run whose samples have tasks, in turn; None for none."""
+
+    def make(setting: str, tasks: Sequence[str | None] = ("ser", "aqa", None), *, samples: int = 8) -> Run:
+        shared = cached(setting, samples=samples)
+        folder = tmp_path / "tasked"
+        shutil.copytree(shared.base, folder)
+        lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        for place, line in enumerate(lines):
+            line["task"] = tasks[place % len(tasks)]
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return Run(shared.config, folder)
 
     return make

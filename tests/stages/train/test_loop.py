@@ -24,6 +24,8 @@ from kdpipe.stages.train.data import split_by_padded_size
 from kdpipe.stages.train.metrics import MetricsFile
 from kdpipe.stages.train.objective import MicroBatch, Objective, Sums
 
+from .conftest import story
+
 if TYPE_CHECKING:
     from kdpipe.stages.miniature.models import Miniatures
 
@@ -43,12 +45,6 @@ TERMS = {
 @pytest.fixture(autouse=True)
 def threads() -> None:
     torch.set_num_threads(2)
-
-
-def _story(metrics: Metrics) -> Metrics:
-    """The metrics without what the clock says."""
-    clocked = {"seconds", "tokens_per_second", "data_wait"}
-    return [{name: value for name, value in line.items() if name not in clocked} for line in metrics]
 
 
 def _curve(metrics: Metrics) -> list[float]:
@@ -115,7 +111,7 @@ def test_the_loss_does_not_depend_on_micro_batches(cached: Any) -> None:
 
 def test_the_same_run_twice_gives_the_same_bits(cached: Any) -> None:
     first, second = (cached(ALL).elsewhere(f"twice-{name}") for name in "ab")
-    assert _story(first.train()) == _story(second.train())
+    assert story(first.train()) == story(second.train())
     assert (first.student / "model.safetensors").read_bytes() == (second.student / "model.safetensors").read_bytes()
 
 
@@ -148,7 +144,7 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on_bit_for_bit(cached: Any,
     assert [path.name for path in (broken.ctx.folder("train") / "checkpoints").iterdir()] == ["step-000002"]
     broken.train()
     assert "train: goes on after step 2" in broken.said
-    assert _story(broken.metrics) == _story(whole.metrics)
+    assert story(broken.metrics) == story(whole.metrics)
     assert (broken.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
 
 
@@ -312,7 +308,7 @@ def test_killed_and_resumed_is_the_same_run_and_no_teacher_weights_are_opened(
     process = _train_in_a_process(broken, "")
     assert process.returncode == 0, process.stderr
     assert "train: goes on after step 2" in process.stdout
-    assert _story(broken.metrics) == _story(expected)
+    assert story(broken.metrics) == story(expected)
     assert (broken.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
     assert "model.safetensors" in student.names(), "the watch works"
     for opened in teachers:
