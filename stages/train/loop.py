@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from kdpipe.data.errors import KdpipeError
 from kdpipe.data.stream import Stream, StreamState, prefetch
 from kdpipe.stages.config import TrainConfig
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.data import GlobalBatch, Reader
-from kdpipe.stages.train.metrics import MetricsFile
+from kdpipe.stages.train.guards import NotFinite, Skips, StepFailed, check_losses, undone_on_failure, within_memory
+from kdpipe.stages.train.metrics import MetricsFile, read_metrics
 from kdpipe.stages.train.objective import OVER_AUDIO, Objective
 from kdpipe.stages.train.optimizer import Optimizer
 
@@ -98,40 +98,62 @@ def train(
         total_steps: optimizer steps of the whole run.
 
     Raises:
-        KdpipeError: loss or gradient is not finite; names the samples.
+        StepFailed: loss or gradient is not finite, or a micro-batch does not fit; names the samples. A checkpoint of
+            the steps before it was written.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
-    done = _resume(place, optimizer, stream)
+    done = saved = _resume(place, optimizer, stream)
+    before: StreamState | None = None
+
+    def save(step: int, after: StreamState) -> None:
+        place.recheck()
+        checkpoint.save(
+            place.checkpoints,
+            place.tmp,
+            optimizer,
+            identity=place.identity,
+            step=step,
+            stream=after.as_dict(),
+            keep=config.keep_checkpoints,
+        )
+
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsFile(place.metrics, done, place.tmp))
         stopped = stack.enter_context(_stop_signals())
         bar = stack.enter_context(progress(total_steps, "train", "step", done))
         items = islice(stream, total_steps - done)
         batches = stack.enter_context(closing(prefetch(items, reader.load, depth=_AHEAD, threads=_THREADS)))
+        skips = Skips(config.skip_nonfinite, read_metrics(place.metrics), place.say)
         meter = _Meter()
         for number in range(done, total_steps):
             with meter.waiting():
                 batch = next(batches)
-            step = train_step(objective, weights, optimizer, batch, number)
+            step, line = None, None
+            try:
+                with undone_on_failure():
+                    step = train_step(objective, weights, optimizer, batch, number)
+            except StepFailed as failure:
+                optimizer.discard()
+                line = skips.take(failure, _epoch(batch.after))
+                if line is None:
+                    if before is not None and number > saved:
+                        save(number, before)
+                    raise
             batch.release()
             meter.count(batch)
             bar.update()
-            bar.set_postfix_str(f"loss {step.loss:.4f}, {meter.rate:.0f} tok/s", refresh=False)
             last = number + 1 == total_steps
-            if (number + 1) % config.log_steps == 0 or last:
-                metrics.append(_line(number + 1, batch.after, step, meter))
-                meter = _Meter()
+            if line is not None:
+                metrics.append(line, durable=True)
+            if step is not None:
+                bar.set_postfix_str(f"loss {step.loss:.4f}, {meter.rate:.0f} tok/s", refresh=False)
+                if (number + 1) % config.log_steps == 0 or last:
+                    metrics.append(_line(number + 1, batch.after, step, meter))
+                    meter = _Meter()
+            before = batch.after
             if (number + 1) % config.checkpoint_steps == 0 or last or stopped.is_set():
-                place.recheck()
-                checkpoint.save(
-                    place.checkpoints,
-                    place.tmp,
-                    optimizer,
-                    identity=place.identity,
-                    step=number + 1,
-                    stream=batch.after.as_dict(),
-                    keep=config.keep_checkpoints,
-                )
+                save(number + 1, batch.after)
+                saved = number + 1
             if stopped.is_set() and not last:
                 raise KeyboardInterrupt(
                     f"train: stopped after step {number + 1} of {total_steps}; a checkpoint is written. "
@@ -152,7 +174,8 @@ def train_step(
         number: steps done before.
 
     Raises:
-        KdpipeError: loss or gradient is not finite; nothing was changed.
+        StepFailed: loss or gradient is not finite, or a micro-batch does not fit; no weight was changed, but gradients
+            are left behind.
     """
 
     def normalizer(name: str) -> int:
@@ -161,19 +184,18 @@ def train_step(
     factors = {name: weight / normalizer(name) for name, weight in weights.items()}
     losses, sums = [], []
     for micro in batch.micros:
-        made = objective(micro.to(objective.device), factors)
-        made.loss.backward()
+        with within_memory(micro.batch, number, objective.device):
+            made = objective(micro.to(objective.device), factors)
+            made.loss.backward()
         losses.append(made.loss.detach())
         flat = {(name,): value for name, value in made.terms.items()}
         flat |= {(source, name): value for source, seen in made.sources.items() for name, value in seen.items()}
         sums.append(flat)
     values = torch.stack(losses).tolist()
-    for value, micro in zip(values, batch.micros, strict=True):
-        if not abs(value) < float("inf"):
-            raise _not_finite(f"the loss is {value}", number, micro.batch.ids)
+    check_losses(values, [micro.batch for micro in batch.micros], number)
     norm, rate = optimizer.step(number)
     if not abs(norm) < float("inf"):
-        raise _not_finite(f"the gradient norm is {norm}", number, [i for m in batch.micros for i in m.batch.ids])
+        raise NotFinite(f"the gradient norm is {norm}", number, [i for m in batch.micros for i in m.batch.ids])
     terms: dict[str, float] = {}
     sources: dict[str, dict[str, float]] = {}
     totals = torch.stack([torch.stack([flat[place] for flat in sums]).sum() for place in sums[0]]).tolist()
@@ -184,13 +206,6 @@ def train_step(
         else:
             sources.setdefault(place[0], {})[place[1]] = mean
     return Step(sum(values), terms, sources, norm, rate)
-
-
-def _not_finite(what: str, number: int, ids: Any) -> KdpipeError:
-    return KdpipeError(
-        f"train: {what} in step {number + 1}, from samples {', '.join(ids)}. Training stopped before it touched the "
-        "weights. Look at these samples; a lower train.learning_rate or student.model.dtype: float32 may help."
-    )
 
 
 def _resume(place: Place, optimizer: Optimizer, stream: Stream) -> int:
@@ -207,7 +222,7 @@ def _resume(place: Place, optimizer: Optimizer, stream: Stream) -> int:
 def _line(step: int, after: StreamState, values: Step, meter: _Meter) -> dict[str, Any]:
     return {
         "step": step,
-        "epoch": after.epoch + 1 if after.batch else after.epoch,
+        "epoch": _epoch(after),
         "loss": values.loss,
         "terms": dict(values.terms),
         "sources": {name: dict(seen) for name, seen in values.sources.items()},
@@ -218,6 +233,11 @@ def _line(step: int, after: StreamState, values: Step, meter: _Meter) -> dict[st
         "data_wait": round(meter.wait / max(meter.seconds, 1e-9), 4),
         "seconds": round(meter.seconds, 4),
     }
+
+
+def _epoch(after: StreamState) -> int:
+    """The epoch of the step that a state comes after, counted from 1."""
+    return after.epoch + 1 if after.batch else after.epoch
 
 
 class _Meter:

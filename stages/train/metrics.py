@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -38,10 +39,17 @@ class MetricsFile:
         write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"), tmp)
         self._file = path.open("a", encoding="utf-8")
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Writes one line and hands it to the operating system, so that a killed process leaves it behind."""
+    def append(self, line: Mapping[str, Any], *, durable: bool = False) -> None:
+        """Writes one line and hands it to the operating system, so that a killed process leaves it behind.
+
+        Args:
+            line: JSON values, `step` among them.
+            durable: wait until it is on the disk, so that a machine that loses power leaves it behind too.
+        """
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self

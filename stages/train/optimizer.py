@@ -144,6 +144,12 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
         return float(norm), self._config.learning_rate * factor
 
+    def discard(self) -> None:
+        """Drops the gradients that a step which failed left behind."""
+        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._targets.values():
+            parameter.grad = None
+
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts as `<weight>/<moment>`."""
         return {
