@@ -320,8 +320,8 @@ class TrainConfig:
     keep_checkpoints: int = bounded(2, 1, how=True)
     """Checkpoints kept."""
     skip_nonfinite: int = bounded(0, 0, how=True)
-    """Most steps of a run that may be skipped because loss or gradient is NaN or infinite; one more stops it (execution:
-    it decides whether there is a student, not which; what was skipped stands in metrics.jsonl and the model card)."""
+    """Most steps of a run that may be skipped because loss or gradient is NaN or infinite; one more stops it. It
+    decides whether there is a student, not which; what was skipped stands in metrics.jsonl and the model card."""
     log_steps: int = bounded(1, 1, how=True)
     """Optimizer steps between lines in metrics.jsonl."""
     device: Device = execution("auto")

@@ -25,16 +25,11 @@ from kdpipe.stages.train.data import Reader
 from kdpipe.stages.train.export import published_names, write_student
 from kdpipe.stages.train.loop import Place, train
 from kdpipe.stages.train.metrics import read_metrics
+from kdpipe.stages.train.names import NEVER_TRAINED
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
 from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
-
-_NEVER_TRAINED = {
-    "qwen2_audio": ("audio_tower.embed_positions.",),
-    "qwen2_5_omni": ("visual.", "audio_tower.audio_bos_eos_token."),
-}
-"""What transformers keeps fixed (sinusoidal positions) and what no training sample reaches."""
 
 
 def run(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
@@ -136,7 +131,7 @@ def _prepare(
 ) -> tuple[Optimizer, Objective]:
     config, model, base = ctx.config.train, student.model, student.folder
     names = published_names(model, base)
-    freeze(model, names, _NEVER_TRAINED.get(base.family, ()), base.family)
+    freeze(model, names, NEVER_TRAINED.get(base.family, ()), base.family)
     frozen = freeze(model, names, config.freeze, base.family)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
