@@ -65,8 +65,8 @@ def refuse_training_that_does_not_fit(ctx: Context, plan: StagePlan) -> None:
     assert need.total is not None
     raise KdpipeError(
         f"train: {need.device} has {human_bytes(need.total)} of memory, and at least {human_bytes(need.firm_bytes)} "
-        f"are needed, about {human_bytes(need.bytes)}, most for {_largest(need)}. Nothing was loaded. {_remedy(ctx, need)} "
-        "`kdpipe train --dry-run` shows the bytes of each."
+        f"are needed, about {human_bytes(need.bytes)}, most for {_largest(need)}. Nothing was loaded. "
+        f"{_remedy(ctx, need)} `kdpipe train --dry-run` shows the bytes of each."
     )
 
 

@@ -330,6 +330,10 @@ class TrainConfig:
     """How the output head and its losses are computed; auto: see docs/losses.md, "Forms"."""
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, more time."""
+    checkpoint_every: int = bounded(1, 1, how=True)
+    """With `gradient_checkpointing`: recompute one decoder layer of so many, the first of each (1: all of them)."""
+    compile: bool = execution(False)
+    """Compile the decoder layers with `torch.compile`: faster steps after a slow first one; needs a C++ compiler."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,8 @@ def activations(student: ModelFolder, config: TrainConfig, counts: Counts, load:
     layer = load.tokens * (_layer_bytes(width, attended, inner, size) + load.longest * size)
     inputs = load.tokens * width * size
     around = load.tokens * _norm_bytes(width, size) + inputs
-    decoder = layers * inputs + layer if config.gradient_checkpointing else layers * layer
+    again = -(-layers // config.checkpoint_every) if config.gradient_checkpointing else 0
+    decoder = again * inputs + (layers - again + bool(again)) * layer
     tower = _tower(student)
     audio = 0
     if counts.hears and tower:

@@ -28,6 +28,7 @@ from kdpipe.stages.train.metrics import read_metrics
 from kdpipe.stages.train.names import NEVER_TRAINED
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
+from kdpipe.stages.train.speed import set_speed
 from kdpipe.stages.train.stage import SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
 
@@ -133,8 +134,7 @@ def _prepare(
     names = published_names(model, base)
     freeze(model, names, NEVER_TRAINED.get(base.family, ()), base.family)
     frozen = freeze(model, names, config.freeze, base.family)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_speed(student, config)
     objective = Objective(
         student,
         terms,
