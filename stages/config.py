@@ -309,6 +309,8 @@ class TrainConfig:
     """Sequence tokens in one optimizer step (identity: it changes the student)."""
     micro_batch_tokens: int = bounded(4096, 1, how=True)
     """Sequence tokens in one forward pass, padding included; the loss does not depend on it."""
+    packing: bool = execution(False)
+    """Put the sequences of a micro-batch one after the other instead of padding them; see docs/training.md, "Speed"."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are: prefixes of names, or `audio_tower`, `projector`, `embeddings`."""
     window_parts: int = bounded(8, 1)

@@ -152,23 +152,24 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _describe(batch: Batch, number: int, device: torch.device, error: BaseException) -> str:
-    lengths = batch.attention_mask.sum(1).tolist()
+    lengths = batch.lengths
     audio = [stop - start for start, stop in zip(batch.audio_offsets, batch.audio_offsets[1:], strict=False)]
     each = [
         f"{name} ({length:,} tokens, {heard:,} of them audio)"
         for name, length, heard in zip(batch.ids, lengths, audio, strict=True)
     ]
     more = f" and {len(each) - _NAMED} more" if len(each) > _NAMED else ""
-    rows, longest = batch.input_ids.shape
+    rows, padded = len(batch.ids), batch.input_ids.numel()
+    shape = f"padded to {max(lengths):,} tokens" if batch.position_ids is None else "packed"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     alone = (
         "It is one sample alone, so a lower train.micro_batch_tokens does not help; set"
         if rows == 1
-        else f"Lower train.micro_batch_tokens below {rows * longest} (the loss does not depend on it), or set"
+        else f"Lower train.micro_batch_tokens below {padded} (the loss does not depend on it), or set"
     )
     return (
-        f"train: a micro-batch does not fit into memory in step {number + 1}: {rows} sequences padded to {longest:,} "
-        f"tokens, {rows * longest:,} in all, {sum(audio):,} of them audio: {', '.join(each[:_NAMED])}{more}. "
+        f"train: a micro-batch does not fit into memory in step {number + 1}: {rows} sequences {shape}, "
+        f"{padded:,} tokens in all, {sum(audio):,} of them audio: {', '.join(each[:_NAMED])}{more}. "
         f"{_peak(device)}. What torch says: {reason.rstrip('.')}. {alone} train.gradient_checkpointing: true, or "
         "train fewer weights (train.freeze, LoRA). None of the steps before is lost: run the same command again to go "
         "on after them."

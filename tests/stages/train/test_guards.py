@@ -162,7 +162,7 @@ def test_a_micro_batch_without_memory_is_described_and_nothing_is_lost(cached: A
     text, batch = str(caught.value), seen[-1].batch
     assert len(seen) == 7
     rows, longest = batch.input_ids.shape
-    assert f"{rows} sequences padded to {longest} tokens, {rows * longest} in all" in text
+    assert f"{rows} sequences padded to {longest} tokens, {rows * longest} tokens in all" in text
     for sample, length in zip(batch.ids, batch.attention_mask.sum(1).tolist(), strict=True):
         assert f"{sample} ({length} tokens, " in text
     assert str(error).splitlines()[0].rstrip(".") in text and "Peak " in text and " GB" in text
