@@ -49,7 +49,7 @@ _WINDOW_POSITIONS = 1500
 
 @dataclass(frozen=True)
 class Load:
-    """What one full micro-batch holds (tokens): in all, in its longest sequence, in responses, of audio; and the
+    """What one full micro-batch holds (tokens): in all, in its longest row, in responses, of audio; and the
     positions that its clips are in the audio tower."""
 
     tokens: int
@@ -270,7 +270,8 @@ def typical_load(student: ModelFolder, config: TrainConfig, cache: Ledger, most:
     if student.family == "qwen2_audio":
         clips = -(-tokens * len(rows) // whole) if whole else 1 + audio // 250
         positions = clips * _WINDOW_POSITIONS
-    return Load(tokens, min(tokens, longest or most), response, audio, positions)
+    row = tokens if config.packing else min(tokens, longest or most)
+    return Load(tokens, row, response, audio, positions)
 
 
 def find_device(wanted: str) -> str:
