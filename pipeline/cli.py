@@ -197,6 +197,10 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
             from kdpipe.pipeline.cost import cost_lines
 
             click.echo("\n" + "\n".join(cost_lines(ctx, teachers)))
+        if "train" in plans and plans["train"].todo:
+            from kdpipe.pipeline.memory import memory_lines
+
+            click.echo("\n" + "\n".join(memory_lines(ctx)))
         return
     try:
         ran = bring_up_to_date(request, target, only=only)

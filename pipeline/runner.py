@@ -18,6 +18,7 @@ from kdpipe.pipeline.check import check
 from kdpipe.pipeline.config import load_config
 from kdpipe.pipeline.cost import refuse_what_does_not_fit
 from kdpipe.pipeline.lock import hold
+from kdpipe.pipeline.memory import refuse_training_that_does_not_fit
 from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, make_plans, status_of, upstream
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.config import identity_of
@@ -74,7 +75,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     Raises:
         StaleError: `only`, and something upstream is not fresh.
         RejectBudgetError: too many samples of a stage were rejected.
-        KdpipeError: the teachers' files have no room on the disk.
+        KdpipeError: the teachers' files have no room on the disk, or training has none in memory.
         StageFailed: a stage process failed.
     """
     ctx = request.context()
@@ -90,6 +91,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 if only and name != target:
                     refuse_stale(status_of(plan))
                 refuse_what_does_not_fit(request.context(), plan)
+                refuse_training_that_does_not_fit(request.context(), plan)
                 print(_headline(status_of(plan)), flush=True)
                 _run_stage(request, name, locks)
                 ran = True

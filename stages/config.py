@@ -299,6 +299,8 @@ class TrainConfig:
     """Sequence tokens in one optimizer step (identity: it changes the student)."""
     micro_batch_tokens: int = bounded(4096, 1, how=True)
     """Sequence tokens in one forward pass, padding included; the loss does not depend on it."""
+    packing: bool = execution(False)
+    """Put the sequences of a micro-batch one after the other instead of padding them; see docs/training.md, "Speed"."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are: prefixes of names, or `audio_tower`, `projector`, `embeddings`."""
     lora: LoraConfig | None = None
@@ -316,6 +318,9 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = bounded(2, 1, how=True)
     """Checkpoints kept."""
+    skip_nonfinite: int = bounded(0, 0, how=True)
+    """Most steps of a run that may be skipped because loss or gradient is NaN or infinite; one more stops it. It
+    decides whether there is a student, not which; what was skipped stands in metrics.jsonl and the model card."""
     log_steps: int = bounded(1, 1, how=True)
     """Optimizer steps between lines in metrics.jsonl."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = execution(())
@@ -326,6 +331,10 @@ class TrainConfig:
     """How the output head and its losses are computed; auto: see docs/losses.md, "Forms"."""
     gradient_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, more time."""
+    checkpoint_every: int = bounded(1, 1, how=True)
+    """With `gradient_checkpointing`: recompute one decoder layer of so many, the first of each (1: all of them)."""
+    compile: bool = execution(False)
+    """Compile the decoder layers with `torch.compile`: faster steps after a slow first one; needs a C++ compiler."""
 
     def weights_of(self, task: str | None) -> WeightsConfig:
         """Weights of the samples of a task, or of those without one."""

@@ -17,6 +17,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,8 @@ class Batch:
         response_offsets: B + 1 bounds of the examples within `targets`.
         audio_rows: [A] int64, the rows of the audio tokens.
         audio_offsets: B + 1 bounds of the examples within `audio_rows`.
+        position_ids: of packed examples (`kdpipe.stages.models.packing`), which then stand in one row: [1, L] or
+            [axes, 1, L] int64, anew from 0 for each example; None: they are padded.
     """
 
     ids: tuple[str, ...]
@@ -79,6 +82,7 @@ class Batch:
     response_offsets: tuple[int, ...]
     audio_rows: torch.Tensor
     audio_offsets: tuple[int, ...]
+    position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -89,12 +93,24 @@ class Batch:
             features=features,
             response_offsets=self.response_offsets,
             audio_offsets=self.audio_offsets,
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
             **moved,
         )
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        if self.position_ids is None:
+            return self.attention_mask.sum(1).tolist()
+        last = self.position_ids.reshape(-1, self.input_ids.shape[1])[0]
+        starts = [*(last == 0).nonzero().flatten().tolist(), len(last)]
+        return [stop - start for start, stop in pairwise(starts)]
+
+    @property
     def forward(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of the model's forward pass."""
+        if self.position_ids is not None:
+            return {"input_ids": self.input_ids, "position_ids": self.position_ids, **self.features}
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.features}
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.train.guards import skipped
 from kdpipe.stages.train.terms import Terms
 
 _PACKAGES = ("kdpipe", "torch", "transformers")
@@ -68,7 +69,7 @@ def model_card(made: Made) -> str:
         f"- base model: {_named(made.base)}",
         *teachers,
         f"- data: {made.samples} samples, {made.response_tokens} response tokens",
-        f"- training: {made.steps} steps",
+        f"- training: {made.steps} steps{_passed_over(made.metrics)}",
         *([f"- LoRA, merged into these weights: {made.lora}"] if made.lora is not None else []),
         f"- identity: `{made.identity}`",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}",
@@ -105,9 +106,16 @@ def _named(folder: ModelFolder) -> str:
     return f"{name} ({folder.commit})" if folder.commit else name
 
 
+def _passed_over(metrics: Sequence[Mapping[str, Any]]) -> str:
+    steps = [str(line["step"]) for line in skipped(metrics)]
+    if not steps:
+        return ""
+    return f", {len(steps)} of them skipped because loss or gradient was not finite (step {', '.join(steps)})"
+
+
 def _metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     measured = [line for line in metrics if "validation" in line]
-    metrics = [line for line in metrics if "validation" not in line]
+    metrics = [line for line in metrics if "validation" not in line and "skipped" not in line]
     if not metrics:
         return ["No step was logged."]
     first, last = metrics[0], metrics[-1]

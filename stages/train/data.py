@@ -22,6 +22,7 @@ from kdpipe.data.store.reader import PartReader, Store
 from kdpipe.data.stream import StreamState
 from kdpipe.stages.config import Config
 from kdpipe.stages.models.inputs import Encoder, Example
+from kdpipe.stages.models.packing import pack, split_by_size
 from kdpipe.stages.models.prompt import fill
 from kdpipe.stages.train.losses import Distribution, StoredStates
 from kdpipe.stages.train.objective import MicroBatch
@@ -114,7 +115,8 @@ class Reader:
         """
         after, ids = item
         reads = [self._read(self._samples[sample]) for sample in ids]
-        groups = split_by_padded_size([read.example.length for read in reads], self._config.train.micro_batch_tokens)
+        split = split_by_size if self._config.train.packing else split_by_padded_size
+        groups = split([read.example.length for read in reads], self._config.train.micro_batch_tokens)
         arena = self._ring.acquire()
         micros = tuple(self._collate([reads[place] for place in group], arena) for group in groups)
         return GlobalBatch(
@@ -189,6 +191,8 @@ class Reader:
 
     def _collate(self, reads: Sequence[_Read], arena: Arena) -> MicroBatch:
         batch = self._encoder.collate([read.example for read in reads])
+        if self._config.train.packing:
+            batch = pack(batch, self._encoder.folder.family)
         first = reads[0]
         acoustic_top = [read.acoustic_top for read in reads if read.acoustic_top is not None]
         given = [*first.textual.values(), *acoustic_top]

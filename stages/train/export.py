@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from kdpipe.data.errors import ModelError
 from kdpipe.stages.models.folder import ModelFolder, shards
+from kdpipe.stages.train.names import canonical
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf", ".h5", ".msgpack")
-_INNER = ("audio_tower.", "language_model.", "multi_modal_projector.")
 
 
 def published_names(model: nn.Module, base: ModelFolder) -> dict[str, str]:
@@ -32,9 +32,9 @@ def published_names(model: nn.Module, base: ModelFolder) -> dict[str, str]:
     Raises:
         ModelError: the checkpoint lacks a tensor of the model.
     """
-    stored = {_canonical(base.family, name): name for shard in shards(base.path) for name in _names(shard)}
+    stored = {canonical(base.family, name): name for shard in shards(base.path) for name in _names(shard)}
     tensors = model.state_dict(keep_vars=True)
-    names = {name: stored[own] for name in tensors if (own := _canonical(base.family, name)) in stored}
+    names = {name: stored[own] for name in tensors if (own := canonical(base.family, name)) in stored}
     held = {tensors[name].data_ptr() for name in names}
     missing = [name for name, tensor in tensors.items() if name not in names and tensor.data_ptr() not in held]
     if missing:
@@ -98,18 +98,6 @@ def _write_weights(folder: Path, base: Path, trained: Mapping[str, Tensor]) -> N
 def _names(shard: Path) -> Iterable[str]:
     with safe_open(shard, framework="pt") as file:
         return list(file.keys())
-
-
-def _canonical(family: str, name: str) -> str:
-    """One name for a tensor, whether it stands in the checkpoint or in transformers' module tree."""
-    if family == "qwen2_5_omni":
-        return name.removeprefix("thinker.")
-    inner = name.removeprefix("model.")
-    if inner.startswith(_INNER):
-        name = inner
-    if name.startswith("language_model.lm_head."):
-        return name.removeprefix("language_model.")
-    return name.replace("language_model.model.", "language_model.", 1)
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

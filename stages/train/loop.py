@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
-from kdpipe.data.errors import KdpipeError
+from kdpipe.data.errors import SaidElsewhere
 from kdpipe.data.stream import Stream, StreamState, prefetch
 from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.data import GlobalBatch, Reader
+from kdpipe.stages.train.guards import DoesNotFit, NotFinite, Skips, StepFailed, check_losses, within_memory
 from kdpipe.stages.train.metrics import read_metrics
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer
@@ -110,10 +111,16 @@ def train(
         validation: measures the held-out loss; None for none.
 
     Raises:
-        KdpipeError: loss or gradient is not finite; names the samples.
+        StepFailed: loss or gradient is not finite, or a micro-batch does not fit; names the samples. A checkpoint of
+            the steps before it was written.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
-    done = _resume(place, optimizer, stream, world)
+    done = saved = _resume(place, optimizer, stream, world)
+    before: StreamState | None = None
+
+    def save(step: int, after: StreamState) -> None:
+        world.first_does(partial(_save, place, optimizer, step, after, config.keep_checkpoints))
+
     with ExitStack() as stack:
         metrics = stack.enter_context(
             watch(config.log_to, place.folder, place.tmp, done, place.identity, identity_of(config))
@@ -126,29 +133,46 @@ def train(
         bar = stack.enter_context(progress(total_steps, "train", "step", done, shown=world.is_first))
         items = islice(stream, total_steps - done)
         batches = stack.enter_context(closing(prefetch(items, reader.load, depth=_AHEAD, threads=_THREADS)))
+        passed = [line for line in read_metrics(place.metrics) if line["step"] <= done]
+        skips = Skips(config.skip_nonfinite, passed, place.say)
         meter = _Meter()
         for number in range(done, total_steps):
             with meter.waiting():
                 batch = next(batches)
             # Dropout is a function of seed, step and rank, so that a resumed run needs no state of it.
             torch.manual_seed(int.from_bytes(sha256(f"{config.seed}/{number}/{world.rank}".encode()).digest()[:8]))
-            step = train_step(objective, weights, optimizer, batch, number, world)
+            step, line = None, None
+            try:
+                step = train_step(objective, weights, optimizer, batch, number, world)
+            except StepFailed as failure:
+                optimizer.discard()
+                line = skips.take(failure, _epoch(batch.after))
+                if line is None:
+                    if before is not None and number > saved:
+                        save(number, before)
+                    if world.is_first:
+                        raise
+                    raise SaidElsewhere(str(failure)) from None
             batch.release()
-            meter.tokens += step.tokens
+            meter.tokens += 0 if step is None else step.tokens
             bar.update()
-            memory = peak_memory(objective.device)
-            text = bar_text(step.loss, step.terms, step.grad_norm, step.learning_rate, meter.rate, meter.waited, memory)
-            bar.set_postfix_str(text, refresh=False)
             last = number + 1 == total_steps
-            if (number + 1) % config.log_steps == 0 or last:
-                metrics.append(_line(number + 1, batch.after, step, meter, memory))
-                meter = _Meter()
+            if line is not None:
+                metrics.append(line)
+            if step is not None:
+                memory = peak_memory(objective.device)
+                bar.set_postfix_str(_bar_text(step, meter, memory), refresh=False)
+                if (number + 1) % config.log_steps == 0 or last:
+                    metrics.append(_line(number + 1, batch.after, step, meter, memory))
+                    meter = _Meter()
             if validation is not None and (validation.due(number + 1) or last):
                 with meter.aside():
                     world.first_does(partial(_validate, validation, metrics, number + 1))
+            before = batch.after
             stop = any(world.exchange(stopped.is_set()))
             if (number + 1) % config.checkpoint_steps == 0 or last or stop:
-                world.first_does(partial(_save, place, optimizer, number + 1, batch.after, config.keep_checkpoints))
+                save(number + 1, batch.after)
+                saved = number + 1
             if stop and not last:
                 raise KeyboardInterrupt(
                     f"train: stopped after step {number + 1} of {total_steps}; a checkpoint is written. "
@@ -177,7 +201,8 @@ def train_step(
         world: the ranks.
 
     Raises:
-        KdpipeError: loss or gradient is not finite on any rank; nothing was changed.
+        StepFailed: on some rank loss or gradient is not finite, or a micro-batch does not fit; the same on every rank.
+            No weight was changed, but gradients are left behind.
     """
     counts = world.exchange((batch.response_tokens, batch.audio_tokens, batch.tokens))
     response, audio, tokens = (sum(column) for column in zip(*counts, strict=True))
@@ -185,36 +210,36 @@ def train_step(
     def normalizer(name: str) -> int:
         return max(1, audio if name == OVER_AUDIO else response)
 
-    losses, sums = [], []
-    for micro in batch.micros:
-        micro = micro.to(objective.device)
-        made = objective(micro, weights.factors(micro.batch, number, normalizer))
-        made.loss.backward()
-        losses.append(made.loss.detach())
-        flat = {name: value for name, value in made.terms.items()}
-        flat |= {f"{source} {name}": value for source, seen in made.sources.items() for name, value in seen.items()}
-        sums.append(flat)
-    values = torch.stack(losses).tolist() if losses else []
-    problem = ""
-    for value, micro in zip(values, batch.micros, strict=True):
-        if not abs(value) < float("inf"):
-            problem = problem or _not_finite(f"the loss is {value}", number, micro.batch.ids)
-    world.refuse_together(problem)
+    losses: list[torch.Tensor] = []
+    sums: list[dict[str, torch.Tensor]] = []
+    failure: StepFailed | None = None
+    try:
+        for micro in batch.micros:
+            with within_memory(micro.batch, number, objective.device):
+                micro = micro.to(objective.device)
+                made = objective(micro, weights.factors(micro.batch, number, normalizer))
+                made.loss.backward()
+            losses.append(made.loss.detach())
+            flat = dict(made.terms)
+            flat |= {f"{source} {name}": value for source, seen in made.sources.items() for name, value in seen.items()}
+            sums.append(flat)
+        values = torch.stack(losses).tolist() if losses else []
+        check_losses(values, [micro.batch for micro in batch.micros], number)
+    except StepFailed as failed:
+        failure = failed
+    _fail_together(world, failure, number)
     world.sum_gradients(list(optimizer.weights.values()))
     norm, rate = optimizer.step(number)
     if not abs(norm) < float("inf"):
-        ids = world.exchange([i for micro in batch.micros for i in micro.batch.ids])
-        raise KdpipeError(_not_finite(f"the gradient norm is {norm}", number, [i for own in ids for i in own]))
-    own = (
-        dict(
-            zip(sums[0], torch.stack([torch.stack(list(flat.values())) for flat in sums]).sum(0).tolist(), strict=True)
-        )
-        if sums
-        else {}
-    )
+        ids = world.exchange([name for micro in batch.micros for name in micro.batch.ids])
+        raise NotFinite(f"the gradient norm is {norm}", number, [name for own in ids for name in own])
+    own = {"": sum(values)}
+    if sums:
+        totals = torch.stack([torch.stack(list(flat.values())) for flat in sums]).sum(0).tolist()
+        own |= dict(zip(sums[0], totals, strict=True))
     terms: dict[str, float] = {}
     sources: dict[str, dict[str, float]] = {}
-    for name, total in _added(world.exchange({"": sum(values), **own})).items():
+    for name, total in _added(world.exchange(own)).items():
         source, _, kind = name.partition(" ")
         if kind:
             sources.setdefault(source, {})[kind] = total / normalizer(source.split("/")[0])
@@ -232,11 +257,17 @@ def _added(given: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def _not_finite(what: str, number: int, ids: Sequence[str]) -> str:
-    return (
-        f"train: {what} in step {number + 1}, from samples {', '.join(ids)}. Training stopped before it touched the "
-        "weights. Look at these samples; a lower train.learning_rate or student.model.dtype: float32 may help."
-    )
+def _fail_together(world: World, failure: StepFailed | None, number: int) -> None:
+    """Raises on every rank what failed on the first of those where anything did."""
+    if world.size == 1 and failure is not None:
+        raise failure
+    own: Any = None
+    if failure is not None:
+        own = [failure.what, failure.ids] if isinstance(failure, NotFinite) else [str(failure), None]
+    found = [one for one in world.exchange(own) if one is not None]
+    if found:
+        what, ids = found[0]
+        raise DoesNotFit(what) if ids is None else NotFinite(what, number, ids)
 
 
 def _validate(validation: Validation, metrics: Watchers, step: int) -> None:
@@ -270,10 +301,14 @@ def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) ->
     return found.step
 
 
+def _bar_text(step: Step, meter: _Meter, memory: int) -> str:
+    return bar_text(step.loss, step.terms, step.grad_norm, step.learning_rate, meter.rate, meter.waited, memory)
+
+
 def _line(step: int, after: StreamState, values: Step, meter: _Meter, memory: int) -> dict[str, Any]:
     return {
         "step": step,
-        "epoch": after.epoch + 1 if after.batch else after.epoch,
+        "epoch": _epoch(after),
         "loss": values.loss,
         "terms": dict(values.terms),
         "sources": {name: dict(seen) for name, seen in values.sources.items()},
@@ -285,6 +320,11 @@ def _line(step: int, after: StreamState, values: Step, meter: _Meter, memory: in
         "peak_memory_gib": round(memory / 2**30, 3),
         "seconds": round(meter.seconds, 4),
     }
+
+
+def _epoch(after: StreamState) -> int:
+    """The epoch of the step that a state comes after, counted from 1."""
+    return after.epoch + 1 if after.batch else after.epoch
 
 
 class _Meter:

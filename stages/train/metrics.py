@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -51,9 +52,14 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Writes one line and hands it to the operating system, so that a killed process leaves it behind."""
+        """Writes one line and hands it to the operating system, so that a killed process leaves it behind.
+
+        A line that tells of a skipped step is waited for until it is on the disk: these are counted after a crash.
+        """
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if "skipped" in line:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.config import TrainConfig
+from kdpipe.stages.train.names import is_named
 
 PROJECTION_RATE = 1e-3
 """Least peak learning rate of the losses' projections: they start from nothing, and at the 1e-5 of a pretrained model
@@ -59,7 +60,7 @@ def freeze(model: nn.Module, names: Mapping[str, str], prefixes: Iterable[str], 
     """
     parameters = dict(model.named_parameters())
     for prefix in prefixes:
-        chosen = [name for name in parameters if _named(prefix, name, names.get(name, name), family)]
+        chosen = [name for name in parameters if is_named(prefix, name, names.get(name, name), family)]
         if not chosen:
             known = sorted({".".join(name.split(".")[:2]) for name in names.values()})
             raise KdpipeError(
@@ -71,17 +72,6 @@ def freeze(model: nn.Module, names: Mapping[str, str], prefixes: Iterable[str], 
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise KdpipeError("train.freeze: leaves nothing to train. Take a prefix away.")
     return sum(parameter.numel() for parameter in parameters.values() if not parameter.requires_grad)
-
-
-def _named(prefix: str, name: str, published: str, family: str) -> bool:
-    projector = "audio_tower.proj." if family == "qwen2_5_omni" else "multi_modal_projector."
-    if prefix == "audio_tower":
-        return "audio_tower." in name and projector not in name
-    if prefix == "projector":
-        return projector in name
-    if prefix == "embeddings":
-        return name.endswith("embed_tokens.weight")
-    return name.startswith(prefix) or published.startswith(prefix)
 
 
 class Optimizer:
@@ -143,6 +133,12 @@ class Optimizer:
             self._publish()
         self._adamw.zero_grad(set_to_none=True)
         return float(norm), self._config.learning_rate * factor
+
+    def discard(self) -> None:
+        """Drops the gradients that a step which failed left behind."""
+        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._targets.values():
+            parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts as `<weight>/<moment>`."""

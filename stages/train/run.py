@@ -27,19 +27,15 @@ from kdpipe.stages.train.loop import Place, train
 from kdpipe.stages.train.lora import Adapter, add_adapter
 from kdpipe.stages.train.lora_targets import describe
 from kdpipe.stages.train.metrics import missing_watchers, read_metrics
+from kdpipe.stages.train.names import NEVER_TRAINED
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
+from kdpipe.stages.train.speed import set_speed
 from kdpipe.stages.train.stage import ADAPTER, SOURCE, STAGE, student_identity
 from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
 from kdpipe.stages.train.validation import Validation, held_out_targets
 from kdpipe.stages.train.weights import Weighting
 from kdpipe.stages.train.world import World
-
-_NEVER_TRAINED = {
-    "qwen2_audio": ("audio_tower.embed_positions.",),
-    "qwen2_5_omni": ("visual.", "audio_tower.audio_bos_eos_token."),
-}
-"""What transformers keeps fixed (sinusoidal positions) and what no training sample reaches."""
 
 
 def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None) -> None:
@@ -177,11 +173,10 @@ def _prepare(
 ) -> tuple[Optimizer, Objective, Adapter | None]:
     config, model, base = ctx.config.train, student.model, student.folder
     names = published_names(model, base)
-    freeze(model, names, _NEVER_TRAINED.get(base.family, ()), base.family)
+    freeze(model, names, NEVER_TRAINED.get(base.family, ()), base.family)
     adapter = None if config.lora is None else add_adapter(model, base, names, config.lora, seed=config.seed)
     frozen = freeze(model, names, config.freeze, base.family)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_speed(student, config)
     objective = Objective(
         student,
         terms,
