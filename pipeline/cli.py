@@ -153,7 +153,8 @@ _stage_command(
     "Train the student from the teachers' files.\n\n"
     "No teacher is loaded. Continues from the last checkpoint of the same configuration and data. Writes "
     "train/metrics.jsonl and a Hugging Face folder, train/student, that transformers and vLLM load. Runs earlier "
-    "stages first where needed.",
+    "stages first where needed. Started by torchrun or srun, all processes train together, and earlier stages must "
+    "have been run.",
 )
 _stage_command(
     "evaluate",
