@@ -39,12 +39,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     saved = checkpoint.save(
         tmp_path / "c", tmp_path / "tmp", optimizer, identity="a", step=3, stream={"digest": "s"}, keep=1
     )
-    drawn = torch.rand(4)
     found = checkpoint.find(tmp_path / "c", "a", "s", print)
     assert found == saved
     other = _optimizer(seed=1)
     checkpoint.load(found, other)
-    assert torch.equal(torch.rand(4), drawn)
     for name, weight in optimizer.weights.items():
         assert torch.equal(weight, other.weights[name])
     assert all(torch.equal(value, other.state()[name]) for name, value in optimizer.state().items())

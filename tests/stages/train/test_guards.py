@@ -70,9 +70,9 @@ def test_a_step_within_the_budget_is_skipped_and_written_down(cached: Any, spoil
         seen = _poison(patch, {3}, spoil)
         true = loop.train_step
 
-        def watched(objective: Any, weights: Any, optimizer: Any, batch: Any, number: int) -> Any:
+        def watched(objective: Any, weights: Any, optimizer: Any, batch: Any, number: int, world: Any) -> Any:
             before.append({name: weight.detach().clone() for name, weight in optimizer.weights.items()})
-            return true(objective, weights, optimizer, batch, number)
+            return true(objective, weights, optimizer, batch, number, world)
 
         patch.setattr(loop, "train_step", watched)
         metrics = run.train(**ONE_PASS)
@@ -208,6 +208,9 @@ def test_what_torch_says_today_when_the_cpu_has_no_memory() -> None:
 class _Recorder:
     """An optimizer that only looks."""
 
+    def __init__(self) -> None:
+        self.weights: dict[str, Any] = {}
+
     def step(self, number: int) -> tuple[float, float]:
         return 1.0, 0.0
 
@@ -243,21 +246,22 @@ def test_a_micro_batch_without_response_tokens_adds_nothing(cached: Any, setting
     run = cached(setting).elsewhere(f"silent-{form}", head_form=form, micro_batch_tokens=100_000)
     done: list[bool] = []
 
-    def compare(objective: Any, weights: Any, optimizer: Any, batch: GlobalBatch, number: int) -> Any:
+    def compare(objective: Any, weights: Any, optimizer: Any, batch: GlobalBatch, number: int, world: Any) -> Any:
         micro = batch.micros[0]
-        factors = {name: weight / batch.response_tokens for name, weight in weights.items() if name != "acoustic"}
+        factors = {name: weight / batch.response_tokens for name, weight in weights.of(micro.batch.ids[0]).items()}
+        factors.pop("acoustic", None)
         model = objective._student.model
         made = objective(_silent(micro), factors)
         assert float(made.loss.detach()) == 0 and all(float(made.terms[name]) == 0 for name in factors)
         made.loss.backward()
         gradients = [p.grad for p in (*model.parameters(), *objective.projections.parameters()) if p.grad is not None]
         assert gradients and all(float(grad.abs().max()) == 0 for grad in gradients)
-        alone = true(objective, weights, _Recorder(), batch, number)
+        alone = true(objective, weights, _Recorder(), batch, number, world)
         silent = dataclasses.replace(batch, micros=(_silent(micro), micro), audio_tokens=2 * batch.audio_tokens)
-        both = true(objective, weights, _Recorder(), silent, number)
+        both = true(objective, weights, _Recorder(), silent, number, world)
         assert both.loss == pytest.approx(alone.loss, rel=1e-6) and math.isfinite(both.loss)
         nothing = dataclasses.replace(batch, micros=(_silent(micro),), response_tokens=0)
-        assert math.isfinite(true(objective, {"sft": 1.0}, _Recorder(), nothing, number).loss)
+        assert math.isfinite(true(objective, weights, _Recorder(), nothing, number, world).loss)
         done.append(True)
         raise NotFinite("enough", number, [])
 

@@ -82,9 +82,9 @@ def test_held_out_samples_are_measured_by_hand_and_never_trained_on(
     seen: set[str] = set()
     true = loop.train_step
 
-    def spy(objective, weights, optimizer, batch, number):
+    def spy(objective, weights, optimizer, batch, number, world):
         seen.update(sample for micro in batch.micros for sample in micro.batch.ids)
-        return true(objective, weights, optimizer, batch, number)
+        return true(objective, weights, optimizer, batch, number, world)
 
     monkeypatch.setattr(loop, "train_step", spy)
     metrics = run.train(validate_steps=2, max_steps=3)
