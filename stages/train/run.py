@@ -67,7 +67,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
     ledger = plans["cache-teachers"].ledger
     targets = {want.id: row for want in plan.wanted if (row := ledger.get(want.id, "targets")) is not None}
     held = held_out_targets(ctx, plans)
-    stream = _stream(config, targets, world)
+    stream = stream_of(config, targets, world)
     total = stream.total_steps(config.max_steps)
     samples = {sample.id: sample for sample in ctx.samples(ctx.config.data.train_split)}
     reader = Reader(
@@ -154,7 +154,8 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
     world.first_does(export)
 
 
-def _stream(config: TrainConfig, targets: Mapping[str, Row], world: World) -> Stream:
+def stream_of(config: TrainConfig, targets: Mapping[str, Row], world: World) -> Stream:
+    """The order in which samples are trained on, and this rank's share of them."""
     entries = [Entry(sample, row.part, row.length) for sample, row in sorted(targets.items())]
     return Stream(
         entries,

@@ -157,3 +157,12 @@ def test_capture_is_measured_beside_the_bare_pass(tmp_path):
     assert (fewer["units"], more["units"]) == (4 * 20, 4 * 40)
     assert 0 < fewer["imported"] <= fewer["planned"] <= fewer["peak"]
     assert done.stdout.count(": met |") + done.stdout.count(": short |") == 1, "a verdict for the case"
+
+
+def test_a_step_is_measured_beside_plain_fine_tuning():
+    script = Path(__file__).with_name("bench_step.py")
+    sizes = ["--samples", "4", "--hidden", "64", "--layers", "1", "--repeats", "1"]
+    shown = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True, check=True).stdout
+    rows = [line.split("|")[1:-1] for line in shown.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["kdpipe, two teachers", "plain fine-tuning"]
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows) and float(rows[0][2]) > 0
