@@ -15,6 +15,10 @@ from kdpipe.data.store.shard import CRC_BYTES, EMPTY, METADATA, array_document, 
 HELD_CHUNKS = 4
 """Chunks of an array that wait in memory and are written together."""
 
+_CALL_BYTES = 1 << 20
+"""Bytes handed to one system call, about. Larger calls ask for pages of 2 MiB, which a virtual machine may have given
+back to its host: on such a one, calls of 4 MiB took four times the processor time."""
+
 _IOV = 64  # buffers handed to one system call
 
 
@@ -121,7 +125,8 @@ class ArrayWriter:
                 if self._handle is not None:
                     self._finish(chunk_bytes, self._per_shard)
                 self._open(self._chunks // self._per_shard)
-            taken = chunks[place : place + min(self._per_shard - in_shard, _IOV // 2)]
+            most = min(_IOV // 2, max(1, _CALL_BYTES // chunk_bytes))
+            taken = chunks[place : place + min(self._per_shard - in_shard, most)]
             pieces: list[Any] = []
             for chunk in taken:
                 crc = crc_of(chunk)
