@@ -14,6 +14,7 @@ from dataclasses import replace
 from kdpipe.data.errors import KdpipeError, SaidElsewhere
 from kdpipe.pipeline.check import check
 from kdpipe.pipeline.lock import hold
+from kdpipe.pipeline.memory import refuse_training_that_does_not_fit
 from kdpipe.pipeline.plan import has_work, make_plans, status_of, upstream
 from kdpipe.pipeline.runner import Request, clean_tmp, refuse_stale, write_lock_file
 from kdpipe.pipeline.worker import DEFAULTS
@@ -57,6 +58,7 @@ def train_launched(request: Request, launch: Launch) -> bool:
             for name in upstream(NAME)[:-1]:
                 if has_work(plans[name]):
                     refuse_stale(status_of(plans[name]), "it does not run in several processes", ", by itself")
+            refuse_training_that_does_not_fit(ctx, plans[NAME])
             todo[0] = has_work(plans[NAME])
 
         world.first_does(begin)

@@ -88,7 +88,7 @@ def _remedy(ctx: Context, need: Memory) -> str:
     ways = [
         *([] if train.gradient_checkpointing else ["set train.gradient_checkpointing: true"]),
         f"lower train.micro_batch_tokens ({train.micro_batch_tokens})",
-        "train fewer weights (train.freeze, LoRA)",
+        *(["train fewer weights (train.freeze, train.lora)"] if train.lora is None else []),
         *(["student.model.dtype: bfloat16"] if ctx.config.student.model.dtype == "float32" else []),
     ]
     kept = sum(line.bytes for line in need.lines if line.exact)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def execution(default: Any = dataclasses.MISSING) -> Any:

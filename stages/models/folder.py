@@ -104,6 +104,21 @@ def resolve(model: ModelConfig, base: Path, *, download: bool = False) -> ModelF
     return _resolve(model, base, download)
 
 
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a checkpoint by its published name, from the headers alone; PyTorch is not imported.
+
+    Raises:
+        OSError, ValueError, KeyError, SafetensorError: a file cannot be read.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards(folder):
+        with safe_open(shard, framework="numpy") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in order."""
     index = folder / "model.safetensors.index.json"

@@ -17,7 +17,7 @@ this against measurements.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -29,8 +29,9 @@ from typing import Any
 from kdpipe.data.ledger import Ledger
 from kdpipe.stages.base import Context
 from kdpipe.stages.cache_teachers.requirements import Requirements
-from kdpipe.stages.config import TrainConfig
-from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.config import LoraConfig, TrainConfig
+from kdpipe.stages.models.folder import ModelFolder, weight_shapes
+from kdpipe.stages.train.lora_targets import adapted_layers
 from kdpipe.stages.train.names import NEVER_TRAINED, canonical, is_named
 from kdpipe.stages.train.terms import Terms
 
@@ -115,16 +116,17 @@ def estimate(ctx: Context, needs: Requirements, terms: Terms, cache: Ledger) -> 
     config, student = ctx.config.train, needs.student
     device = find_device(config.device)
     size = 4 if student.settings.dtype == "float32" else 2
-    counts = parameters(student, config.freeze)
+    counts = parameters(student, config.freeze, config.lora)
     load = typical_load(student, config, cache, ctx.config.teachers.max_length)
     wide = counts.trained if size == 2 else 0
     pairs = len(terms.layers) if terms.match == "hidden" and needs.textual is not None else 0
     projections = pairs * student.width * (needs.textual.width if needs.textual is not None else 0)
-    trained = counts.trained + projections
+    beside = projections + counts.adapters
+    trained = counts.trained + beside
     how = "gradient checkpointing" if config.gradient_checkpointing else "all kept"
     flight = _flight(ctx, needs, terms, load, config.global_batch_tokens)
     lines = [
-        Line("weights", size * counts.all + 4 * projections, f"{counts.all + projections:,}", exact=True),
+        Line("weights", size * counts.all + 4 * beside, f"{counts.all + beside:,}", exact=True),
         Line("float32 copies", 4 * wide, f"{counts.trained:,} trained", exact=True) if wide else None,
         Line("gradients (float32)", 4 * trained, f"{trained:,} trained", exact=True),
         Line("AdamW moments", 8 * trained, "two, float32", exact=True),
@@ -142,17 +144,27 @@ class Counts:
     """Weights of a student as transformers loads it.
 
     Attributes:
-        all, trained: numbers of weights.
+        all, trained: numbers of weights; with LoRA none of them is trained.
         hears: whether anything of the audio tower is trained, and so its activations are kept.
+        adapters: weights of LoRA's adapters, float32, all trained.
+        adapted: inputs of the decoder's adapted linear layers, all together.
+        ranks: rank of each of these, all together.
     """
 
     all: int
     trained: int
     hears: bool
+    adapters: int = 0
+    adapted: int = 0
+    ranks: int = 0
 
 
-def parameters(student: ModelFolder, freeze: Iterable[str]) -> Counts:
-    """Counts weights from the headers of the safetensors files; a prefix that names none counts for nothing."""
+def parameters(student: ModelFolder, freeze: Iterable[str], lora: LoraConfig | None = None) -> Counts:
+    """Counts weights from the headers of the safetensors files; a prefix that names none counts for nothing.
+
+    Raises:
+        ConfigError: LoRA is to adapt what is not there.
+    """
     prefixes = (*NEVER_TRAINED.get(student.family, ()), *freeze)
     tied = _is_tied(student)
     every = trained = 0
@@ -169,7 +181,18 @@ def parameters(student: ModelFolder, freeze: Iterable[str]) -> Counts:
             continue
         trained += count
         hears = hears or ("audio_tower." in name and "audio_tower.proj." not in name)
-    return Counts(every, trained, hears)
+    if lora is None:
+        return Counts(every, trained, hears)
+    layers = adapted_layers(student, lora)
+    decoder = [layer for layer in layers if layer.part == "decoder"]
+    return Counts(
+        every,
+        trained=0,
+        hears=any(layer.part == "audio_tower" for layer in layers),
+        adapters=lora.rank * sum(sum(layer.shape) for layer in layers),
+        adapted=sum(layer.shape[1] for layer in decoder),
+        ranks=lora.rank * len(decoder),
+    )
 
 
 def activations(student: ModelFolder, config: TrainConfig, counts: Counts, load: Load, size: int) -> int:
@@ -187,6 +210,8 @@ def activations(student: ModelFolder, config: TrainConfig, counts: Counts, load:
     attended = heads * int(student.text.get("head_dim") or width // heads)
     inner = int(student.text["intermediate_size"])
     layer = load.tokens * (_layer_bytes(width, attended, inner, size) + load.longest * size)
+    # An adapter takes its input in float32, and its first matrix gives as many numbers as its rank.
+    layer += load.tokens * 4 * ((counts.adapted if size == 2 else 0) + counts.ranks) // layers
     inputs = load.tokens * width * size
     around = load.tokens * _norm_bytes(width, size) + inputs
     again = -(-layers // config.checkpoint_every) if config.gradient_checkpointing else 0
@@ -218,7 +243,7 @@ def head_bytes(
     """Bytes that the output head and the losses take at their peak; see docs/losses.md, "Forms"."""
     lens = len([layer for layer in terms.layers if layer != student.layers]) if terms.match == "lens" else 0
     rows = load.response * (1 + lens)
-    given = bool(terms.top) + lens + bool(terms.acoustic_top)
+    given = terms.on("top") + lens + terms.on("acoustic_top")
     head = student.head_rows * student.width
     form = config.head_form
     if form == "auto":
@@ -230,7 +255,7 @@ def head_bytes(
         "in_forward": min((512 if device == "cuda" else 128) << 20, 2 * rows * student.head_rows * 4),
     }[form]
     # The head's gradient is summed up in float32, and rounded before it is added to the float32 one that is kept.
-    gradient = head * (4 + size) if size == 2 else head * 4
+    gradient = 0 if config.lora is not None else head * (4 + size) if size == 2 else head * 4
     states = rows * (_norm_bytes(student.width, size) + 3 * size * student.width)
     return tile + gradient + states + load.response * given * k * _ENTRY_BYTES
 
@@ -239,7 +264,7 @@ def _flight(ctx: Context, needs: Requirements, terms: Terms, load: Load, batch_t
     """Bytes of the global batches in memory: distributions, states, and log-mel features."""
     scale = batch_tokens / max(1, load.tokens)
     lens = len(set(terms.layers.values())) if terms.match == "lens" else 0
-    given = lens + bool(terms.top) + bool(terms.acoustic_top)
+    given = lens + terms.on("top") + terms.on("acoustic_top")
     number = _STATE_BYTES.get(ctx.config.teachers.states, 0.0)
     heard = len(terms.acoustic_layers) * needs.student.width * number
     hidden = len(terms.layers) * needs.textual.width * number if terms.match == "hidden" and needs.textual else 0.0
@@ -319,14 +344,4 @@ def _tower(student: ModelFolder) -> Mapping[str, Any]:
 @lru_cache(maxsize=8)
 def _sizes(folder: Path) -> Mapping[str, int]:
     """Number of weights of each tensor of a checkpoint."""
-    sizes: dict[str, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, about in header.items():
-            if name != "__metadata__":
-                count = 1
-                for size in about["shape"]:
-                    count *= size
-                sizes[name] = count
-    return sizes
+    return {name: math.prod(shape) for name, shape in weight_shapes(folder).items()}

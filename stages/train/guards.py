@@ -6,8 +6,6 @@ Either is said with the samples it came from, and leaves weights, moments and ra
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import torch
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.models.inputs import Batch
+from kdpipe.stages.train.watchers import peak_memory
 
 _ALLOCATION = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 """What torch says in a plain RuntimeError when the CPU's allocator, a driver or cuBLAS gets no memory."""
@@ -167,8 +166,7 @@ def _peak(device: torch.device) -> str:
         total = torch.cuda.get_device_properties(device).total_memory
         peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return f"Peak {_gb(peak)}, {_gb(held)} with what the allocator holds back, of {_gb(total)} on {device}"
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    peak = peak_memory(device)
     return f"Peak {_gb(peak)} of {_gb(psutil.virtual_memory().total)} in process {os.getpid()}"
 
 

@@ -32,7 +32,7 @@ class Launch:
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
-    """How this process was started together with others; None: alone.
+    """How this process was started together with others; None: alone, or the only one.
 
     torchrun says it all. Of `srun kdpipe train` the host of rank 0 is the first of the step's nodes, and the port
     follows from the job's number, so that two jobs on one machine do not meet.
@@ -43,7 +43,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     Raises:
         KdpipeError: what the environment says of it is not whole.
     """
-    if "WORLD_SIZE" in environment:
+    if environment.get("WORLD_SIZE", "1") != "1":
         values = {name: environment.get(name, "") for name in _TORCHRUN}
         numbers = [name for name in _TORCHRUN if name != "MASTER_ADDR" and not values[name].isdigit()]
         if numbers or not values["MASTER_ADDR"]:
@@ -53,7 +53,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
             )
         rank, size, local = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return _checked(Launch(rank, size, local, values["MASTER_ADDR"], int(values["MASTER_PORT"])))
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in environment:
         job = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
         return _checked(
             Launch(

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from kdpipe.data.errors import ConfigError, ModelError
 from kdpipe.stages.config import LoraConfig
-from kdpipe.stages.models.folder import ModelFolder, shards
+from kdpipe.stages.models.folder import ModelFolder, weight_shapes
 
 Part = Literal["decoder", "audio_tower", "projector"]
 _PARTS: tuple[Part, ...] = ("decoder", "audio_tower", "projector")
@@ -46,11 +46,8 @@ def linear_layers(base: ModelFolder) -> list[Linear]:
     Raises:
         ModelError: the safetensors files cannot be read.
     """
-    shapes: dict[str, list[int]] = {}
     try:
-        for shard in shards(base.path):
-            with safe_open(shard, framework="numpy") as file:
-                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        shapes = weight_shapes(base.path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.name}: the weights in {base.path} cannot be read ({error}). Restore them.") from None
     found = []

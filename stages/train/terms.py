@@ -15,7 +15,7 @@ from kdpipe.stages.cache_teachers.layers import layer_map
 from kdpipe.stages.cache_teachers.requirements import Requirements
 from kdpipe.stages.config import Config, Distance, TrainConfig
 from kdpipe.stages.config import Divergence as DivergenceKind
-from kdpipe.stages.config_loss import ScheduleConfig
+from kdpipe.stages.config_train import ScheduleConfig
 
 NO_FLOAT16 = (
     "student.model.dtype: gradients underflow in float16, and kdpipe does not scale the loss. Say bfloat16 or float32."

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from kdpipe.stages.config_loss import ScheduleConfig
+from kdpipe.stages.config_train import ScheduleConfig
 from kdpipe.stages.models.inputs import Batch
 from kdpipe.stages.train.terms import Terms
 

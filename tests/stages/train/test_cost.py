@@ -15,13 +15,14 @@ import torch
 
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
-from kdpipe.stages.config import ModelConfig, TrainConfig
+from kdpipe.stages.config import LoraConfig, ModelConfig, TrainConfig
 from kdpipe.stages.models.folder import ModelFolder, resolve
 from kdpipe.stages.models.inputs import Batch, Encoder, Example
 from kdpipe.stages.models.loaded import LoadedModel, load_model
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
 from kdpipe.stages.train.cost import Load, activations, estimate, parameters
 from kdpipe.stages.train.export import published_names
+from kdpipe.stages.train.lora import add_adapter
 from kdpipe.stages.train.names import NEVER_TRAINED
 from kdpipe.stages.train.optimizer import freeze
 from kdpipe.stages.train.terms import resolve_terms
@@ -82,6 +83,44 @@ def test_weights_are_counted_exactly_and_activations_within_a_tenth(
     batch = _batch(folder)
     expected = activations(folder, TrainConfig(), counts, _load(batch, name), 4 if dtype == "float32" else 2)
     assert expected == pytest.approx(_kept_by_autograd(model, batch), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen2_audio"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_counted_exactly_and_activations_no_lower_than_they_are(
+    family: Miniatures, name: str, dtype: Any
+) -> None:
+    """Autograd keeps less around weights that are frozen; how much less is not counted."""
+    folder = resolve(ModelConfig(str(getattr(family, name)), dtype=dtype), family.teacher.parent)
+    model = load_model(folder, device="cpu", train=True)
+    lora = LoraConfig(rank=8)
+    add_adapter(model.model, folder, published_names(model.model, folder), lora, seed=0)
+    counts = parameters(folder, (), lora)
+    trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
+    assert counts.adapters == sum(p.numel() for p in trained.values()) and counts.trained == 0
+    assert counts.all + counts.adapters == sum(p.numel() for p in model.model.parameters())
+    batch = _batch(folder)
+    expected = activations(folder, TrainConfig(lora=lora), counts, _load(batch, name), 4 if dtype == "float32" else 2)
+    kept = _kept_by_autograd(model, batch)
+    print(name, dtype, expected / kept)
+    assert kept < expected < 1.6 * kept
+
+
+def test_a_student_that_fits_with_lora_alone_is_not_refused(cached: Any) -> None:
+    run = cached("SFT only")
+    needs = requirements(run.ctx)
+
+    def need(lora: LoraConfig | None) -> dict[str, int]:
+        config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, lora=lora))
+        ctx = dataclasses.replace(run.ctx, config=config)
+        found = estimate(ctx, needs, resolve_terms(config, needs), ctx.ledger("cache-teachers"))
+        return {line.name: line.bytes for line in found.lines if line.exact}
+
+    whole, adapters = need(None), need(LoraConfig(rank=4))
+    beside = parameters(needs.student, (), LoraConfig(rank=4)).adapters
+    assert adapters["weights"] == whole["weights"] + 4 * beside
+    assert adapters["gradients (float32)"] == 4 * beside and adapters["AdamW moments"] == 8 * beside
+    assert sum(adapters.values()) < 0.5 * sum(whole.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

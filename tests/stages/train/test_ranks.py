@@ -116,6 +116,8 @@ def test_torchrun_says_where_a_process_stands() -> None:
     for gone in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         with pytest.raises(KdpipeError, match=f"{gone}: not set as torchrun sets it"):
             find_launch({name: value for name, value in TORCHRUN.items() if name != gone})
+    assert find_launch(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}) is None, "the only one is alone"
+    assert find_launch({"WORLD_SIZE": "1", "RANK": "0"}) is None, "as some clusters say of every job"
     with pytest.raises(KdpipeError, match="rank 8 of 8 processes"):
         find_launch(TORCHRUN | {"RANK": "8"})
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdpipe.stages.config_loss import ScheduleConfig, TaskWeightsConfig
+from kdpipe.stages.config_train import ScheduleConfig, TaskWeightsConfig
 from kdpipe.stages.train import loop
 from kdpipe.stages.train.held_out import NO_TASK, held_out
 from kdpipe.stages.train.metrics import MetricsFile

@@ -14,7 +14,7 @@ from kdpipe.pipeline.check import unknown_tasks
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.config import Config
-from kdpipe.stages.config_loss import ScheduleConfig, TaskWeightsConfig, WeightsConfig
+from kdpipe.stages.config_train import ScheduleConfig, TaskWeightsConfig, WeightsConfig
 from kdpipe.stages.train.stage import STAGE
 from kdpipe.stages.train.terms import resolve_terms
 from kdpipe.stages.train.weights import OVER_AUDIO, Weighting, schedule_factor, weighed
