@@ -247,6 +247,8 @@ def _relations(config: Config) -> list[str]:
         )
     if train.lora is not None and not train.lora.targets:
         problems.append("train.lora.targets: is empty, so nothing would be trained; say [decoder], or leave it out")
+    if train.export == "best" and not train.validation_fraction:
+        problems.append("train.export: best is by the held-out loss; set train.validation_fraction, or say last")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         problems.append("train.betas: give two numbers, each at least 0 and below 1")
     if not any(dataclasses.astuple(train.largest_weights)):

@@ -148,10 +148,13 @@ class TrainConfig:
     See docs/training.md, "Validation"."""
     validate_steps: int = bounded(200, 1, how=True)
     """Optimizer steps between measurements of the held-out loss; the last step is always followed by one."""
+    export: Literal["last", "best"] = "last"
+    """The student: that of the last step, or the one with the lowest held-out loss, which needs
+    `validation_fraction`."""
     checkpoint_steps: int = bounded(200, 1, how=True)
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints; with validation, one follows each lowest loss as well."""
     keep_checkpoints: int = bounded(2, 1, how=True)
-    """Checkpoints kept."""
+    """Last checkpoints kept; the one with the lowest held-out loss stays beside them."""
     skip_nonfinite: int = bounded(0, 0, how=True)
     """Most steps of a run that may be skipped because loss or gradient is NaN or infinite; one more stops it. It
     decides whether there is a student, not which; what was skipped stands in metrics.jsonl and the model card."""
@@ -161,6 +164,9 @@ class TrainConfig:
     """Where metrics go beside metrics.jsonl; needs `pip install` of what is named. See docs/training.md, "Watching"."""
     device: Device = execution("auto")
     """auto: a GPU where there is one."""
+    fsdp: bool = execution(False)
+    """Under torchrun or Slurm: share weights, gradients and moments out to the processes (FSDP2), instead of keeping
+    all of them in each; see docs/training.md, "Several processes"."""
     head_form: Literal["auto", "reference", "chunked", "triton", "in_forward"] = execution("auto")
     """How the output head and its losses are computed; auto: see docs/losses.md, "Forms"."""
     gradient_checkpointing: bool = execution(False)

@@ -1,28 +1,44 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
-`checkpoints/step-000123/` holds `weights.safetensors` (the trained weights in float32, and the losses' projections),
-`optimizer.safetensors` (AdamW's moments) and `state.json` (identity, step, place in the stream). What is random in a
-step is a function of the seed, the step and the rank, and so needs no state. A checkpoint is built aside and renamed,
-so a folder of that name is always complete.
+`checkpoints/step-000123/` is written by torch.distributed.checkpoint, in its safetensors form, which holds no pickle:
+each rank writes what it holds of the trained weights (float32), of the losses' projections and of AdamW's moments,
+and each of another number of ranks reads what it needs. `state.json` has identity, step, place in the stream and the
+sizes of the files. What is random in a step is a function of the seed, the step and the rank, and so needs no state.
+
+Tensors are copied when a checkpoint is asked for, and written while training goes on. The folder is built aside and
+renamed, so one of that name is always complete.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from kdpipe.data.errors import StoreError
-from kdpipe.data.files import build_aside, move_into_place, remove, write_json
+from kdpipe.data.errors import KdpipeError, StoreError
+from kdpipe.data.files import make_folder, move_into_place, remove, write_json
 from kdpipe.stages.train.optimizer import Optimizer
+from kdpipe.stages.train.world import World
 
-_FORMAT = 1
+# It is said of every process that works alone, from several threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_FORMAT = 2
+_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -34,37 +50,111 @@ class Checkpoint:
         step: optimizer steps done.
         identity: digest of everything that decides the student.
         stream: state of the stream after that step.
+        files: size in bytes of each of its other files.
     """
 
     folder: Path
     step: int
     identity: str
     stream: Mapping[str, Any]
+    files: Mapping[str, int]
 
 
-def save(
-    folder: Path, tmp: Path, optimizer: Optimizer, *, identity: str, step: int, stream: Mapping[str, Any], keep: int
-) -> Checkpoint:
-    """Writes `folder/step-<step>` and removes all but the last `keep`.
+class Checkpoints:
+    """Writes the checkpoints of a run, one at a time, beside what the caller does; a context manager.
 
-    Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are then as they were.
+    Where several ranks train, each calls the same methods in the same order.
+
+    Args:
+        folder: `train/checkpoints`.
+        tmp: where they are built, on the same file system; the same for all ranks.
+        identity: the run's identity.
+        keep: how many of the last ones stay, beside the best.
+        world: the ranks.
     """
-    target = folder / f"step-{step:06d}"
-    state = {"format": _FORMAT, "identity": identity, "step": step, "stream": dict(stream)}
-    with build_aside(tmp) as path:
-        path.mkdir()
-        _write(path / "weights.safetensors", optimizer.weights)
-        _write(path / "optimizer.safetensors", optimizer.state())
-        write_json(path / "state.json", state, tmp)
-        move_into_place(path, target)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        remove(old)
-    return Checkpoint(target, step, identity, dict(stream))
+
+    def __init__(self, folder: Path, tmp: Path, *, identity: str, keep: int, world: World):
+        self._folder = folder
+        self._tmp = tmp
+        self._identity = identity
+        self._keep = keep
+        self._world = world
+        # Its threads talk to each other while training does: they need a group of their own.
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._finishing = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Any] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        elif self._pending is not None:
+            # What ends the run is said already; a checkpoint that was begun is still finished.
+            with suppress(Exception, CheckpointException):
+                self._pending.result()
+        self._finishing.shutdown()
+
+    def save(self, optimizer: Optimizer, step: int, stream: Mapping[str, Any], best: int | None = None) -> None:
+        """Copies everything, and begins to write `step-<step>`; on completion the older ones are removed.
+
+        Args:
+            optimizer: weights and moments.
+            step: optimizer steps done.
+            stream: state of the stream after them.
+            best: step whose checkpoint is to stay, whatever its age.
+
+        Raises:
+            KdpipeError: the one before could not be written; it names the reason.
+        """
+        self.wait()
+        built = self._tmp / f"step-{step:06d}"
+        if self._world.is_first:
+            make_folder(self._tmp)
+            remove(built)
+        written = dcp.async_save(
+            dict(optimizer.tensors()),
+            storage_writer=HuggingFaceStorageWriter(str(built), save_distributed=True),
+            process_group=self._group,
+        )
+        assert isinstance(written, Future)
+        state = {"format": _FORMAT, "identity": self._identity, "step": step, "stream": dict(stream)}
+        finish = partial(self._finish, built, state, {step, best}) if self._world.is_first else lambda: None
+        self._pending = self._finishing.submit(_after, written, finish)
+
+    def wait(self) -> None:
+        """Returns once the checkpoint that was begun last is complete on disk.
+
+        Raises:
+            KdpipeError: it could not be written, on whatever rank; earlier ones are as they were.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        problem = ""
+        try:
+            pending.result()
+        except (Exception, CheckpointException) as error:
+            problem = (
+                f"train: a checkpoint could not be written ({_reason(error)}). Those before are whole: make room, or "
+                "mend what is said here, and run the same command again to go on from the last."
+            )
+        self._world.refuse_together(problem)
+
+    def _finish(self, built: Path, state: Mapping[str, Any], kept: set[int | None]) -> None:
+        sizes = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
+        write_json(built / _STATE, {**state, "files": sizes}, self._tmp)
+        move_into_place(built, self._folder / built.name)
+        for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
+            if _step(old) not in kept:
+                remove(old)
 
 
-def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The last checkpoint of this run; removes those of other runs, and says so.
+def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -> list[Checkpoint]:
+    """The checkpoints of this run, by step; removes those of other runs, and says so.
 
     Args:
         folder: `train/checkpoints`.
@@ -78,39 +168,93 @@ def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -
     found = []
     for path in sorted(folder.glob("step-*")):
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            checkpoint = Checkpoint(path, state["step"], state["identity"], state["stream"])
+            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            known = state["format"] == _FORMAT
+            checkpoint = Checkpoint(path, state["step"], state["identity"], state["stream"], state.get("files", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path, error) from None
-        if checkpoint.identity == identity and checkpoint.stream.get("digest") == stream:
+        if known and checkpoint.identity == identity and checkpoint.stream.get("digest") == stream:
             found.append(checkpoint)
             continue
-        why = "another configuration or other data" if checkpoint.identity != identity else "another order of the data"
+        why = "another order of the data"
+        if not known:
+            why = "another release"
+        elif checkpoint.identity != identity:
+            why = "another configuration or other data"
         say(f"train: {path.name} is of {why}: removed")
         remove(path)
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def load(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
-    """Puts weights and moments in place.
+def load(checkpoint: Checkpoint, optimizer: Optimizer, world: World) -> None:
+    """Puts weights and moments in place, whatever the number of ranks that wrote them.
+
+    Args:
+        checkpoint: the same for all ranks.
+        optimizer: of this rank; sharded or not.
+        world: the ranks, all of which call this.
 
     Raises:
         StoreError: a file is damaged or does not fit the model.
     """
+    with _reading(checkpoint):
+        reader = HuggingFaceStorageReader(str(checkpoint.folder))
+        wanted = optimizer.prepare(reader.read_metadata().state_dict_metadata)
+        dcp.load(wanted, storage_reader=reader, no_dist=world.size == 1)
+        optimizer.publish()
+
+
+@torch.no_grad()
+def restore(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Rounds a checkpoint's weights into a whole model, in this process alone.
+
+    Args:
+        model: with gradients switched on where something was trained.
+        checkpoint: written by any number of ranks.
+
+    Raises:
+        StoreError: a file is damaged or does not fit the model.
+    """
+    trained = {f"weights/{name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
+    with _reading(checkpoint):
+        wide = {name: torch.empty_like(weight, dtype=torch.float32) for name, weight in trained.items()}
+        dcp.load(wide, storage_reader=HuggingFaceStorageReader(str(checkpoint.folder)), no_dist=True)
+        for name, weight in trained.items():
+            weight.copy_(wide[name])
+
+
+@contextmanager
+def _reading(checkpoint: Checkpoint) -> Iterator[None]:
     try:
-        optimizer.load(
-            load_file(checkpoint.folder / "weights.safetensors"), load_file(checkpoint.folder / "optimizer.safetensors")
-        )
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        for name, size in checkpoint.files.items():
+            if (checkpoint.folder / name).stat().st_size != size:
+                raise ValueError(f"{name} has not its {size:,} bytes")
+        yield
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, AssertionError, CheckpointException) as error:
+        if isinstance(error, KdpipeError):
+            raise
         raise _damaged(checkpoint.folder, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> StoreError:
+def _after(written: Future[Any], finish: Callable[[], None]) -> None:
+    written.result()
+    finish()
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _reason(error: BaseException) -> str:
+    """The first failure of all ranks, without the tracebacks that are put around it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
+        return f"rank {rank}: {first}"
+    return str(error)
+
+
+def _damaged(path: Path, error: BaseException) -> StoreError:
     return StoreError(
-        f"{path}: the checkpoint cannot be read ({error}). Remove this folder: training goes on from the one before, "
-        "or from the start."
+        f"{path}: the checkpoint cannot be read ({_reason(error)}). Remove this folder: training goes on from the one "
+        "before, or from the start."
     )
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)

@@ -156,8 +156,7 @@ def _describe(batch: Batch, number: int, device: torch.device, error: BaseExcept
         f"train: a micro-batch does not fit into memory in step {number + 1}: {rows} sequences {shape}, "
         f"{padded:,} tokens in all, {sum(audio):,} of them audio: {', '.join(each[:_NAMED])}{more}. "
         f"{_peak(device)}. What torch says: {reason.rstrip('.')}. {alone} train.gradient_checkpointing: true, or "
-        "train fewer weights (train.freeze, LoRA). None of the steps before is lost: run the same command again to go "
-        "on after them."
+        "train fewer weights (train.freeze, LoRA). Run the same command again: it goes on from the last checkpoint."
     )
 
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from kdpipe.data.errors import SaidElsewhere
+from kdpipe.data.errors import KdpipeError, SaidElsewhere
 from kdpipe.data.stream import Stream, StreamState, prefetch
 from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
+from kdpipe.stages.train.checkpoint import Checkpoint, Checkpoints
 from kdpipe.stages.train.data import GlobalBatch, Reader
 from kdpipe.stages.train.guards import DoesNotFit, NotFinite, Skips, StepFailed, check_losses, within_memory
 from kdpipe.stages.train.metrics import read_metrics
@@ -95,7 +96,7 @@ def train(
     total_steps: int,
     world: World,
     validation: Validation | None = None,
-) -> None:
+) -> Checkpoint:
     """Trains from the last checkpoint, or from the start, to the last step, where it leaves a checkpoint.
 
     Args:
@@ -108,20 +109,31 @@ def train(
         reader: loads them.
         total_steps: optimizer steps of the whole run.
         world: the processes that train together; each is given its own share of the stream.
-        validation: measures the held-out loss; None for none.
+        validation: measures the held-out loss; None for none. Where the loss is the lowest so far, a checkpoint
+            follows, and is kept.
+
+    Returns:
+        The checkpoint that `train.export` asks for; whole on disk.
 
     Raises:
         StepFailed: loss or gradient is not finite, or a micro-batch does not fit; names the samples. A checkpoint of
-            the steps before it was written.
+            the steps before it was written, unless the model is sharded and the micro-batch does not fit.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
     done = saved = _resume(place, optimizer, stream, world)
     before: StreamState | None = None
 
-    def save(step: int, after: StreamState) -> None:
-        world.first_does(partial(_save, place, optimizer, step, after, config.keep_checkpoints))
-
     with ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                place.checkpoints, place.tmp, identity=place.identity, keep=config.keep_checkpoints, world=world
+            )
+        )
+
+        def save(step: int, after: StreamState) -> None:
+            world.first_does(place.recheck)
+            checkpoints.save(optimizer, step, after.as_dict(), None if validation is None else validation.best_step)
+
         metrics = stack.enter_context(
             watch(config.log_to, place.folder, place.tmp, done, place.identity, identity_of(config))
             if world.is_first
@@ -167,17 +179,31 @@ def train(
                     meter = _Meter()
             if validation is not None and (validation.due(number + 1) or last):
                 with meter.aside():
-                    world.first_does(partial(_validate, validation, metrics, number + 1))
+                    metrics.append(validation.line(number + 1))
             before = batch.after
-            stop = any(world.exchange(stopped.is_set()))
-            if (number + 1) % config.checkpoint_steps == 0 or last or stop:
+            best = validation is not None and validation.best_step == number + 1
+            stop, best = (any(said) for said in zip(*world.exchange((stopped.is_set(), best)), strict=True))
+            if (number + 1) % config.checkpoint_steps == 0 or last or stop or best:
                 save(number + 1, batch.after)
                 saved = number + 1
             if stop and not last:
+                checkpoints.wait()
                 raise KeyboardInterrupt(
                     f"train: stopped after step {number + 1} of {total_steps}; a checkpoint is written. "
                     "Run the same command again to go on from there."
                 )
+        checkpoints.wait()
+    found = checkpoint.find(place.checkpoints, place.identity, stream.digest, place.say)
+    step = total_steps
+    if config.export == "best" and validation is not None and validation.best_step is not None:
+        step = validation.best_step
+    chosen = [one for one in found if one.step == step]
+    if not chosen:
+        raise KdpipeError(
+            f"train: {place.checkpoints} has no checkpoint of step {step}, after which the held-out loss was lowest. "
+            "Remove the folder to train anew, or set train.export: last."
+        )
+    return chosen[0]
 
 
 def train_step(
@@ -203,9 +229,11 @@ def train_step(
     Raises:
         StepFailed: on some rank loss or gradient is not finite, or a micro-batch does not fit; the same on every rank.
             No weight was changed, but gradients are left behind.
+        KdpipeError: another rank is gone, or a micro-batch of a sharded model does not fit.
     """
-    counts = world.exchange((batch.response_tokens, batch.audio_tokens, batch.tokens))
-    response, audio, tokens = (sum(column) for column in zip(*counts, strict=True))
+    counts = world.exchange((batch.response_tokens, batch.audio_tokens, batch.tokens, len(batch.micros)))
+    columns = list(zip(*counts, strict=True))
+    response, audio, tokens = (sum(column) for column in columns[:3])
 
     def normalizer(name: str) -> int:
         return max(1, audio if name == OVER_AUDIO else response)
@@ -215,7 +243,7 @@ def train_step(
     failure: StepFailed | None = None
     try:
         for micro in batch.micros:
-            with within_memory(micro.batch, number, objective.device):
+            with world.others_there(), within_memory(micro.batch, number, objective.device):
                 micro = micro.to(objective.device)
                 made = objective(micro, weights.factors(micro.batch, number, normalizer))
                 made.loss.backward()
@@ -223,12 +251,18 @@ def train_step(
             flat = dict(made.terms)
             flat |= {f"{source} {name}": value for source, seen in made.sources.items() for name, value in seen.items()}
             sums.append(flat)
+        if objective.is_sharded:
+            with world.others_there():
+                objective.idle(max(columns[3]) - len(batch.micros))
         values = torch.stack(losses).tolist() if losses else []
         check_losses(values, [micro.batch for micro in batch.micros], number)
     except StepFailed as failed:
+        if objective.is_sharded and isinstance(failed, DoesNotFit):
+            # The others wait inside the model for this rank's share, and cannot be told.
+            raise KdpipeError(str(failed)) from None
         failure = failed
     _fail_together(world, failure, number)
-    world.sum_gradients(list(optimizer.weights.values()))
+    world.sum_gradients(optimizer.replicated)
     norm, rate = optimizer.step(number)
     if not abs(norm) < float("inf"):
         ids = world.exchange([name for micro in batch.micros for name in micro.batch.ids])
@@ -270,35 +304,18 @@ def _fail_together(world: World, failure: StepFailed | None, number: int) -> Non
         raise DoesNotFit(what) if ids is None else NotFinite(what, number, ids)
 
 
-def _validate(validation: Validation, metrics: Watchers, step: int) -> None:
-    metrics.append(validation.line(step))
-
-
-def _save(place: Place, optimizer: Optimizer, step: int, after: StreamState, keep: int) -> None:
-    place.recheck()
-    checkpoint.save(
-        place.checkpoints,
-        place.tmp,
-        optimizer,
-        identity=place.identity,
-        step=step,
-        stream=after.as_dict(),
-        keep=keep,
-    )
-
-
 def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) -> int:
     """Puts the last checkpoint of this run in place; returns the steps it has done, 0 without one."""
     find = partial(checkpoint.find, place.checkpoints, place.identity, stream.digest, place.say)
     # Rank 0 removes those of other runs before the others look.
     world.first_does(find)
     found = find()
-    if found is None:
+    if not found:
         return 0
-    checkpoint.load(found, optimizer)
-    stream.resume(StreamState(**found.stream))
-    place.say(f"train: goes on after step {found.step}")
-    return found.step
+    checkpoint.load(found[-1], optimizer, world)
+    stream.resume(StreamState(**found[-1].stream))
+    place.say(f"train: goes on after step {found[-1].step}")
+    return found[-1].step
 
 
 def _bar_text(step: Step, meter: _Meter, memory: int) -> str:

@@ -92,6 +92,7 @@ class Objective:
         alignment: ids that distributions are compared over; None where none are compared.
         seed: of the projections' initial values.
         form: how the output head is computed.
+        filler: where the student is sharded over ranks, what a rank computes while others have more to do than it.
     """
 
     def __init__(
@@ -103,7 +104,9 @@ class Objective:
         alignment: Alignment | None,
         seed: int,
         form: Form = "auto",
+        filler: MicroBatch | None = None,
     ):
+        self._filler = filler
         self._student = student
         self._terms = terms
         self._teacher_layers = 0 if teacher is None else teacher.layers
@@ -120,6 +123,25 @@ class Objective:
     def device(self) -> torch.device:
         """Where the student is."""
         return self._student.device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank must run the student equally often."""
+        return self._filler is not None
+
+    def idle(self, times: int) -> None:
+        """Runs a sharded student, and back where gradients are made, to lend the others this rank's share.
+
+        Adds zeros to the gradients.
+
+        Args:
+            times: how often.
+        """
+        assert self._filler is not None
+        for _ in range(times):
+            made = self(self._filler.to(self.device), {})
+            if torch.is_grad_enabled():
+                made.loss.backward()
 
     def form(self) -> Form:
         """The form in which the output head will be computed here."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.config import TrainConfig
@@ -122,15 +123,16 @@ class Optimizer:
             The gradient norm before clipping (not finite: nothing was changed), and the learning rate.
         """
         factor = learning_rate_factor(step, self._total, self._config)
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        kinds = [group for group in (self.replicated, self.sharded) if any(one.grad is not None for one in group)]
+        norm = _joined([_norm(group) for group in kinds])
         if bool(torch.isfinite(norm)):
             if self._config.grad_clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(list(self.weights.values()), self._config.grad_clip, norm)
+                for group in kinds:
+                    torch.nn.utils.clip_grads_with_norm_(group, self._config.grad_clip, norm)
             for group in self._adamw.param_groups:
                 group["lr"] = group["peak"] * factor
             self._adamw.step()
-            self._publish()
+            self.publish()
         self._adamw.zero_grad(set_to_none=True)
         return float(norm), self._config.learning_rate * factor
 
@@ -140,36 +142,64 @@ class Optimizer:
         for parameter in self._targets.values():
             parameter.grad = None
 
-    def state(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts as `<weight>/<moment>`."""
-        return {
-            f"{name}/{moment}": value
+    @property
+    def sharded(self) -> list[Tensor]:
+        """Weights of which each rank holds a share."""
+        return [weight for weight in self.weights.values() if isinstance(weight, DTensor)]
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        """Weights that are whole on every rank."""
+        return [weight for weight in self.weights.values() if not isinstance(weight, DTensor)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that decides how training goes on: `weights/<weight>`, and AdamW's `optimizer/<weight>/<moment>`."""
+        held = {f"weights/{name}": weight.detach() for name, weight in self.weights.items()}
+        held |= {
+            f"optimizer/{name}/{moment}": value
             for name, weight in self.weights.items()
             for moment, value in self._adamw.state.get(weight, {}).items()
         }
+        return held
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Puts weights and moments of a checkpoint in place; the model's parameters follow.
+    def prepare(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Makes room for a checkpoint's tensors, and gives them to be filled in place; `publish` comes after.
+
+        Args:
+            names: what the checkpoint has, as `tensors` names it; all weights are given whether there or not.
 
         Raises:
-            KeyError: a weight is missing.
+            KeyError: it has moments of a weight that is not trained.
         """
-        for name, weight in self.weights.items():
-            weight.copy_(weights[name])
-        for key, value in state.items():
-            name, moment = key.rsplit("/", 1)
-            weight = self.weights[name]
-            device = weight.device if value.ndim or weight.is_cuda else value.device
-            self._adamw.state[weight][moment] = value.to(device)
-        self._publish()
+        self._adamw.state.clear()
+        for key in names:
+            kind, rest = key.split("/", 1)
+            if kind == "optimizer":
+                name, moment = rest.rsplit("/", 1)
+                weight = self.weights[name]
+                room = torch.zeros((), device=weight.device) if moment == "step" else torch.zeros_like(weight)
+                self._adamw.state[weight][moment] = room
+        return self.tensors()
 
     @torch.no_grad()
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Rounds the float32 copies into the model's parameters."""
         for name, parameter in self._targets.items():
             if parameter is not self.weights[name]:
                 parameter.copy_(self.weights[name])
+
+
+def _norm(weights: list[Tensor]) -> Tensor:
+    """Norm of all gradients together, of all ranks; a scalar."""
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _joined(norms: list[Tensor]) -> Tensor:
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

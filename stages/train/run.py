@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from kdpipe.data.errors import ConfigError, KdpipeError
 from kdpipe.data.files import build_aside, listing, move_into_place, remove
@@ -16,11 +17,13 @@ from kdpipe.data.ledger_files import Row
 from kdpipe.data.store.reader import Store
 from kdpipe.data.stream import Entry, Stream
 from kdpipe.stages.base import Context, StagePlan
-from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
+from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.config import TrainConfig, identity_of
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.loaded import LoadedModel, load_model
 from kdpipe.stages.train.card import Made, model_card
+from kdpipe.stages.train.checkpoint import restore
 from kdpipe.stages.train.data import Reader
 from kdpipe.stages.train.export import published_names, write_student
 from kdpipe.stages.train.loop import Place, train
@@ -28,12 +31,13 @@ from kdpipe.stages.train.lora import Adapter, add_adapter
 from kdpipe.stages.train.lora_targets import describe
 from kdpipe.stages.train.metrics import missing_watchers, read_metrics
 from kdpipe.stages.train.names import NEVER_TRAINED
-from kdpipe.stages.train.objective import Objective
+from kdpipe.stages.train.objective import MicroBatch, Objective
 from kdpipe.stages.train.optimizer import Optimizer, freeze
+from kdpipe.stages.train.sharding import shard
 from kdpipe.stages.train.speed import set_speed
 from kdpipe.stages.train.stage import ADAPTER, SOURCE, STAGE, student_identity
-from kdpipe.stages.train.terms import NO_FLOAT16, Terms, resolve_terms
-from kdpipe.stages.train.validation import Validation, held_out_targets
+from kdpipe.stages.train.terms import NO_FLOAT16, resolve_terms
+from kdpipe.stages.train.validation import NOWHERE, Validation, held_out_targets
 from kdpipe.stages.train.weights import Weighting
 from kdpipe.stages.train.world import World
 
@@ -94,9 +98,34 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
             f"train: the student in {place.folder / SOURCE} was trained otherwise and will be replaced; to keep it, "
             f"train this one with --set run.folder=NAME --set run.cache={cache}"
         )
+    is_sharded = config.fsdp and world.size > 1
     with _reproducible(config.seed):
-        student = load_model(base, device=world.device, train=True)
-        optimizer, objective, adapter = _prepare(ctx, student, terms, needs, total)
+        student, adapter = _student(ctx, base, torch.device("cpu") if is_sharded else world.device)
+        trained = _trained(student)
+        count, whole = _numel(trained.values()), _numel(student.model.parameters())
+        ctx.say(f"train: {count:,} weights trained, {whole - count:,} frozen, {total} steps on {world.device}")
+        if adapter is not None:
+            ctx.say(f"train: LoRA: {describe(adapter.config, adapter.layers)}")
+        if is_sharded:
+            shard(student, world)
+            trained = _trained(student)
+            ctx.say(f"train: weights, gradients and moments are shared out to {world.size} processes (FSDP2)")
+        elif config.fsdp:
+            ctx.say("train: train.fsdp has no effect in a process that trains alone")
+        objective = Objective(
+            student,
+            terms,
+            teacher=needs.textual,
+            alignment=needs.alignment,
+            seed=config.seed,
+            form=config.head_form,
+            filler=_filler(reader, targets) if is_sharded else None,
+        )
+        for line in terms.describe():
+            ctx.say(f"train: loss: {line}")
+        chosen = "chosen for this device" if config.head_form == "auto" else "as train.head_form says"
+        ctx.say(f"train: output head and losses in form {objective.form()} ({chosen})")
+        optimizer = Optimizer(trained, dict(objective.projections.named_parameters()), config, total)
         validation = None
         if held:
             validation = Validation(
@@ -108,13 +137,19 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
                 tasks,
                 batch_tokens=config.global_batch_tokens,
                 every=config.validate_steps,
+                world=world,
             )
         if config.validation_fraction > 0:
             ctx.say(f"train: {len(held)} samples are held out for validation, {len(plan.wanted)} are trained on")
-        train(config, place, objective, weights, optimizer, stream, reader, total, world, validation)
+        result = train(config, place, objective, weights, optimizer, stream, reader, total, world, validation)
 
     def export() -> None:
+        nonlocal student, adapter
         recheck()
+        if is_sharded or result.step != total:
+            if is_sharded:
+                student, adapter = _student(ctx, base, torch.device("cpu"))
+            restore(student.model, result)
         made = Made(
             base=base,
             textual=needs.textual,
@@ -169,33 +204,30 @@ def stream_of(config: TrainConfig, targets: Mapping[str, Row], world: World) -> 
     )
 
 
-def _prepare(
-    ctx: Context, student: LoadedModel, terms: Terms, needs: Requirements, total: int
-) -> tuple[Optimizer, Objective, Adapter | None]:
-    config, model, base = ctx.config.train, student.model, student.folder
-    names = published_names(model, base)
-    freeze(model, names, NEVER_TRAINED.get(base.family, ()), base.family)
-    adapter = None if config.lora is None else add_adapter(model, base, names, config.lora, seed=config.seed)
-    frozen = freeze(model, names, config.freeze, base.family)
+def _student(ctx: Context, base: ModelFolder, device: torch.device) -> tuple[LoadedModel, Adapter | None]:
+    """The student as training starts from it: loaded, with its adapter, frozen where nothing is trained."""
+    config = ctx.config.train
+    student = load_model(base, device=device, train=True)
+    names = published_names(student.model, base)
+    freeze(student.model, names, NEVER_TRAINED.get(base.family, ()), base.family)
+    adapter = None if config.lora is None else add_adapter(student.model, base, names, config.lora, seed=config.seed)
+    freeze(student.model, names, config.freeze, base.family)
     set_speed(student, config)
-    objective = Objective(
-        student,
-        terms,
-        teacher=needs.textual,
-        alignment=needs.alignment,
-        seed=config.seed,
-        form=config.head_form,
-    )
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = sum(parameter.numel() for parameter in trained.values())
-    ctx.say(f"train: {weights:,} weights trained, {frozen:,} frozen, {total} steps on {student.device}")
-    if adapter is not None:
-        ctx.say(f"train: LoRA: {describe(adapter.config, adapter.layers)}")
-    for line in terms.describe():
-        ctx.say(f"train: loss: {line}")
-    chosen = "chosen for this device" if config.head_form == "auto" else "as train.head_form says"
-    ctx.say(f"train: output head and losses in form {objective.form()} ({chosen})")
-    return Optimizer(trained, dict(objective.projections.named_parameters()), config, total), objective, adapter
+    return student, adapter
+
+
+def _trained(student: LoadedModel) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in student.model.named_parameters() if parameter.requires_grad}
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _filler(reader: Reader, targets: Mapping[str, Row]) -> MicroBatch:
+    """The shortest sample, for a rank that has no other."""
+    shortest = min(targets, key=lambda sample: (targets[sample].length, sample))
+    return reader.load((NOWHERE, [shortest])).micros[0]
 
 
 @contextmanager

@@ -56,6 +56,10 @@ class Train:
         settings = {name: value for name, value in identity_of(config.train).items() if name not in _APART}
         if config.train.lora is None:
             del settings["lora"]  # students of releases without LoRA stay fresh
+        if config.train.export == "last":
+            del settings["export"]  # likewise
+        else:
+            settings["validate_steps"] = config.train.validate_steps  # it decides which steps are looked at
         shared = {
             "version": str(self.version),
             "objective": digest(terms.identity()),

@@ -26,8 +26,10 @@ from kdpipe.stages.train.held_out import NO_TASK, held_out
 from kdpipe.stages.train.objective import Objective
 from kdpipe.stages.train.stage import usable
 from kdpipe.stages.train.weights import OVER_AUDIO, Weighting
+from kdpipe.stages.train.world import World
 
-_NOWHERE = StreamState("", 0, 0, 0)
+NOWHERE = StreamState("", 0, 0, 0)
+"""Place in the stream of samples that are not read from it."""
 
 
 def held_out_targets(ctx: Context, plans: Mapping[str, StagePlan]) -> dict[str, Row]:
@@ -85,6 +87,19 @@ class _Tally:
         self.response_tokens += other.response_tokens
         self.audio_tokens += other.audio_tokens
 
+    def as_list(self) -> list[Any]:
+        """The same as JSON has it."""
+        sources = [[*place, value] for place, value in self.sources.items()]
+        return [self.terms, sources, self.samples, self.response_tokens, self.audio_tokens]
+
+    @staticmethod
+    def of_list(values: list[Any]) -> _Tally:
+        """What `as_list` made."""
+        terms, sources, *counts = values
+        tally = _Tally(defaultdict(float, terms), defaultdict(float), *counts)
+        tally.sources.update({(source, name): value for source, name, value in sources})
+        return tally
+
     def means(self) -> dict[str, Any]:
         """Terms and sources, a token."""
         sources: dict[str, dict[str, float]] = {}
@@ -106,6 +121,7 @@ class Validation:
         tasks: task of each sample by its id.
         batch_tokens: sequence tokens loaded at once.
         every: steps between two measurements.
+        world: the ranks, each of which measures its share of the samples.
     """
 
     def __init__(
@@ -119,7 +135,9 @@ class Validation:
         *,
         batch_tokens: int,
         every: int,
+        world: World,
     ):
+        self._world = world
         self._model = model
         self._objective = objective
         self._weights = weights
@@ -143,8 +161,13 @@ class Validation:
         """Whether to measure after this many steps (the last step apart)."""
         return step % self._every == 0
 
+    @property
+    def best_step(self) -> int | None:
+        """Step after which the loss was lowest, of those known here; rank 0 knows all of the run."""
+        return None if self._best is None else self._best[1]
+
     def line(self, step: int) -> dict[str, Any]:
-        """Measures after this many steps; the line for metrics.jsonl."""
+        """Measures after this many steps, as every rank does together; the line for metrics.jsonl."""
         start = time.perf_counter()
         tallies = self._measure()
         whole = _Tally()
@@ -177,16 +200,27 @@ class Validation:
         return sum(weight * tally.terms[name] / over.normalizer(name) for name, weight in weights.items())
 
     def _measure(self) -> dict[str, _Tally]:
-        tallies: dict[str, _Tally] = defaultdict(_Tally)
-        items = ((_NOWHERE, ids) for _, ids in self._groups)
+        """Sums by task, over the samples of all ranks."""
+        own: dict[str, _Tally] = defaultdict(_Tally)
+        groups = self._groups[self._world.rank :: self._world.size]
+        items = ((NOWHERE, ids) for _, ids in groups)
         with (
             _undisturbed(self._model, self._objective.device),
             closing(prefetch(items, self._reader.load, depth=1, threads=1)) as batches,
         ):
-            for (task, _), batch in zip(self._groups, batches, strict=True):
-                tallies[task].add(self._sums(batch))
-                batch.release()
-        return dict(tallies)
+            for number in range(-(-len(self._groups) // self._world.size)):
+                batch = next(batches) if number < len(groups) else None
+                micros = () if batch is None else batch.micros
+                if self._objective.is_sharded:
+                    self._objective.idle(max(self._world.exchange(len(micros))) - len(micros))
+                if batch is not None:
+                    own[groups[number][0]].add(self._sums(batch))
+                    batch.release()
+        tallies: dict[str, _Tally] = {task: _Tally() for task, _ in self._groups}
+        for said in self._world.exchange([[task, tally.as_list()] for task, tally in own.items()]):
+            for task, values in said:
+                tallies[task].add(_Tally.of_list(values))
+        return tallies
 
     def _sums(self, batch: GlobalBatch) -> _Tally:
         tally = _Tally(response_tokens=batch.response_tokens, audio_tokens=batch.audio_tokens)

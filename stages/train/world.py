@@ -21,6 +21,8 @@ BUCKET_BYTES = 64 << 20
 """Gradients are summed over the ranks in pieces of about this size."""
 
 _TIMEOUT = timedelta(minutes=30)
+_LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Broken pipe")
+"""What torch says in a plain RuntimeError when another process is gone."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class World:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._others_there():
+        with self.others_there():
             dist.all_gather(lengths, torch.tensor([len(own)]))
             padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
             padded[: len(own)] = own
@@ -112,17 +114,24 @@ class World:
 
     def _sum(self, gradients: Sequence[torch.Tensor]) -> None:
         flat, at = torch.cat([gradient.reshape(-1) for gradient in gradients]), 0
-        with self._others_there():
+        with self.others_there():
             dist.all_reduce(flat)
         for gradient in gradients:
             gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
             at += gradient.numel()
 
     @contextmanager
-    def _others_there(self) -> Iterator[None]:
+    def others_there(self) -> Iterator[None]:
+        """Around work with the other ranks.
+
+        Raises:
+            KdpipeError: one of them is gone.
+        """
         try:
             yield
         except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)):
+                raise
             raise KdpipeError(
                 f"rank {self.rank} of {self.size}: another process ended or does not answer "
                 f"({str(error).splitlines()[0]}). What it said tells why; start all of them again, and training goes "

@@ -111,13 +111,18 @@ def test_state_goes_round() -> None:
     layer, optimizer = _train(torch.bfloat16, config, steps=5)
     other = nn.Linear(8, 8).to(torch.bfloat16)
     twin = Optimizer(dict(other.named_parameters()), {}, config, 5)
-    weights = {name: value.detach().clone() for name, value in optimizer.weights.items()}
-    twin.load(weights, {name: value.clone() for name, value in optimizer.state().items()})
+    held = optimizer.tensors()
+    room = twin.prepare(held)
+    assert room.keys() == held.keys()
+    for name, value in held.items():
+        room[name].copy_(value)
+    twin.publish()
+    assert torch.equal(layer.weight, other.weight)
     for model, its in ((layer, optimizer), (other, twin)):
         model(torch.ones(1, 8, dtype=torch.bfloat16)).float().sum().backward()
         its.step(4)
     assert torch.equal(layer.weight, other.weight)
-    assert all(torch.equal(optimizer.weights[name], twin.weights[name]) for name in weights)
+    assert all(torch.equal(value, twin.tensors()[name]) for name, value in optimizer.tensors().items())
 
 
 class _Student(nn.Module):

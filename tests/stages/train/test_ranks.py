@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from kdpipe.data.errors import KdpipeError
+from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
+from kdpipe.stages.config import LoraConfig
 from kdpipe.stages.train.launch import Launch, find_launch
 
 from .conftest import Run
@@ -53,42 +58,104 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def curve(run: Run) -> list[list[float]]:
-    return [[line["loss"], line["grad_norm"], line["tokens"], *line["terms"].values()] for line in run.metrics]
+    lines = [line.get("validation") or line for line in run.metrics]
+    return [[line["loss"], line.get("grad_norm", 0), line.get("tokens", 0), *line["terms"].values()] for line in lines]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_several_ranks_train_as_one(cached: Any, ranks: int) -> None:
+def stop_after(run: Run, process: subprocess.Popen[str], steps: int) -> str:
+    """Sends SIGTERM to the last rank once so many steps are in the metrics; what all of them said."""
+    deadline = time.monotonic() + 120
+    while len(run.metrics) < steps and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "Run the same command again to go on from there." in out, out
+    return out
+
+
+SHARDED = {"fsdp": True}
+LORA = {"lora": LoraConfig(rank=4)}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": (ALL, {}),
+    "sharded": (ALL, SHARDED),
+    "sharded, checkpointing": (ALL, {**SHARDED, "gradient_checkpointing": True, "micro_batch_tokens": 500}),
+    "sharded, projections": ("hidden + acoustic top + SFT", SHARDED),
+    "sharded, LoRA": (ALL, SHARDED | LORA),
+}
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(2, name) for name in SETTINGS] + [(4, "plain"), (4, "sharded")])
+def test_several_ranks_train_as_one(cached: Any, ranks: int, name: str) -> None:
     """Batches of 900 tokens hold few samples, so that some ranks have none of some."""
-    settings = {"global_batch_tokens": 900, "epochs": 4, "max_steps": 6}
-    one, several = (cached(ALL).elsewhere(f"ranks-{ranks}-{name}", **settings) for name in ("one", "several"))
+    setting, changes = SETTINGS[name]
+    shared = {"global_batch_tokens": 900, "epochs": 9, "max_steps": 6, "validation_fraction": 0.2, "validate_steps": 3}
+    one, several = (
+        cached(setting).elsewhere(f"ranks-{ranks}-{name.replace(', ', '-')}-{which}", **(shared | changes))
+        for which in ("one", "several")
+    )
     one.train()
     out = finish(start(several, ranks))
-    assert out.count("Done.") == 1
-    assert len(one.metrics) == len(several.metrics) == 6
+    assert out.count("Done.") == 1 and ("(FSDP2)" in out) == ("sharded" in name)
+    assert len(one.metrics) == len(several.metrics) == 6 + 2
     for a, b in zip(curve(one), curve(several), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    folder = several.ctx.folder("train")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(p.name for p in one.ctx.folder("train").iterdir())
+    whole, exported = (load_file(run.student / "model.safetensors") for run in (one, several))
+    assert whole.keys() == exported.keys()
+    for key, weight in whole.items():
+        torch.testing.assert_close(exported[key], weight, rtol=1e-3, atol=2e-4)
     # What one process finds, several have made: the same student under the same key.
     assert not several.plans()["train"].todo
     assert "nothing to do" in finish(start(several, ranks))
 
 
+def test_bfloat16_is_sharded_as_it_is_replicated(cached: Any, tmp_path: Path) -> None:
+    """The ranks' gradients are summed in float32 in both, so that only rounding and the order of additions differ."""
+    made = cached(ALL)
+    shutil.copytree(made.base, tmp_path / "low")
+    model = dataclasses.replace(made.config.student.model, dtype="bfloat16")
+    student = dataclasses.replace(made.config.student, model=model)
+    low = Run(dataclasses.replace(made.config, student=student), tmp_path / "low")
+    low.bring_up_to_date(CACHE_TEACHERS)
+    for lora in (None, LoraConfig(rank=4)):
+        runs = [
+            low.elsewhere(f"low-{lora is None}-{fsdp}", fsdp=fsdp, epochs=4, max_steps=4, lora=lora)
+            for fsdp in (False, True)
+        ]
+        for run in runs:
+            finish(start(run, 2))
+        for a, b in zip(*(curve(run) for run in runs), strict=True):
+            assert a == pytest.approx(b, rel=2e-3, abs=2e-3)
+
+
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(cached: Any) -> None:
-    settings = {"epochs": 6, "checkpoint_steps": 1000}
+    settings = {"epochs": 6, "checkpoint_steps": 1000, "fsdp": True}
     whole, cut = (cached(ALL).elsewhere(f"signal-{name}", **settings) for name in ("whole", "cut"))
     finish(start(whole, 2))
-    process = start(cut, 2)
-    file = cut.ctx.folder("train") / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while len(cut.metrics if file.exists() else []) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGTERM)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "Run the same command again to go on from there." in out, out
+    stop_after(cut, start(cut, 2), 2)
     assert 0 < len(cut.metrics) < len(whole.metrics) and not cut.student.exists()
     assert "goes on after step" in finish(start(cut, 2))
     assert [json.dumps(row) for row in curve(cut)] == [json.dumps(row) for row in curve(whole)]
     assert (cut.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(cached: Any) -> None:
+    """One process, four sharded ones, two that are not, two that are, one: each from the checkpoint of the one before."""
+    whole = cached(ALL).elsewhere("reshard-whole", epochs=10)
+    whole.train()
+    cut = cached(ALL).elsewhere("reshard-cut", epochs=10, checkpoint_steps=1000)
+    for ranks, fsdp in ((1, False), (4, True), (2, False), (2, True)):
+        before = len(cut.metrics)
+        cut.config = dataclasses.replace(cut.config, train=dataclasses.replace(cut.config.train, fsdp=fsdp))
+        out = stop_after(cut, start(cut, ranks), before + 1)
+        assert (f"goes on after step {before}" in out) == (before > 0)
+        assert before < len(cut.metrics) < len(whole.metrics)
+    assert "goes on after step" in finish(start(cut, 1))
+    assert len(cut.metrics) == len(whole.metrics)
+    for a, b in zip(curve(cut), curve(whole), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
 
 def test_what_is_upstream_is_refused_once_and_in_words(cached: Any) -> None:

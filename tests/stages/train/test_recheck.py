@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.stages.train import checkpoint
+from kdpipe.stages.train.checkpoint import Checkpoints
 from kdpipe.stages.train.metrics import MetricsFile
 
 CHANGED = r"clips/00\.wav: changed while the stage was running"
@@ -57,13 +57,13 @@ def test_no_checkpoint_follows_an_edit(run: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_student_follows_an_edit_after_the_last_checkpoint(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = checkpoint.save
+    save = Checkpoints.save
 
-    def edit_after_saving(*args: Any, **options: Any) -> None:
-        save(*args, **options)
+    def edit_after_saving(self: Checkpoints, *args: Any, **options: Any) -> None:
+        save(self, *args, **options)
         edit(run)
 
-    monkeypatch.setattr(checkpoint, "save", edit_after_saving)
+    monkeypatch.setattr(Checkpoints, "save", edit_after_saving)
     with pytest.raises(KdpipeError, match=CHANGED):
         run.train(max_steps=1)
     assert checkpoints(run) == ["step-000001"]
