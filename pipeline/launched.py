@@ -58,7 +58,7 @@ def train_launched(request: Request, launch: Launch) -> bool:
             for name in upstream(NAME)[:-1]:
                 if has_work(plans[name]):
                     refuse_stale(status_of(plans[name]), "it does not run in several processes", ", by itself")
-            refuse_training_that_does_not_fit(ctx, plans[NAME])
+            refuse_training_that_does_not_fit(ctx, plans[NAME], launch)
             todo[0] = has_work(plans[NAME])
 
         world.first_does(begin)

@@ -8,18 +8,19 @@ from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.train.cost import Memory, estimate
+from kdpipe.stages.train.launch import Launch
 from kdpipe.stages.train.stage import STAGE
 from kdpipe.stages.train.terms import resolve_terms
 
 
-def training_memory(ctx: Context) -> Memory:
-    """What training takes; PyTorch is not imported.
+def training_memory(ctx: Context, launch: Launch | None = None) -> Memory:
+    """What training takes in this process, one of several where it was launched so; PyTorch is not imported.
 
     Raises:
         KdpipeError: a model folder cannot be read, or the objective is empty.
     """
     needs = requirements(ctx)
-    return estimate(ctx, needs, resolve_terms(ctx.config, needs), ctx.ledger(CACHE_TEACHERS.name))
+    return estimate(ctx, needs, resolve_terms(ctx.config, needs), ctx.ledger(CACHE_TEACHERS.name), launch)
 
 
 def memory_lines(ctx: Context) -> list[str]:
@@ -44,29 +45,32 @@ def memory_line(need: Memory) -> str:
     return f"train: about {human_bytes(need.bytes)}{has} on {need.device} (most of it: {parts})"
 
 
-def refuse_training_that_does_not_fit(ctx: Context, plan: StagePlan) -> None:
+def refuse_training_that_does_not_fit(ctx: Context, plan: StagePlan, launch: Launch | None = None) -> None:
     """Says what memory training will take, and refuses to start it where the device cannot have that much.
 
     Args:
         ctx: the run.
         plan: of the stage about to be started; other stages are let through.
+        launch: how this process was started together with others; None: it trains alone.
 
     Raises:
         KdpipeError: need and memory, and what can be done.
     """
     if plan.stage != STAGE.name or not plan.todo:
         return
-    need = training_memory(ctx)
+    need = training_memory(ctx, launch)
     if not _is_too_large(need):
         ctx.say(memory_line(need))
         if _may_be_too_large(need):
-            ctx.say(f"train: this is more than {need.device} has, if the estimate is right. {_remedy(ctx, need)}")
+            ctx.say(
+                f"train: this is more than {need.device} has, if the estimate is right. {_remedy(ctx, need, launch)}"
+            )
         return
     assert need.total is not None
     raise KdpipeError(
-        f"train: {need.device} has {human_bytes(need.total)} of memory, and at least {human_bytes(need.firm_bytes)} "
-        f"are needed, about {human_bytes(need.bytes)}, most for {_largest(need)}. Nothing was loaded. "
-        f"{_remedy(ctx, need)} `kdpipe train --dry-run` shows the bytes of each."
+        f"train: {need.device} has {human_bytes(need.total)} of memory{_each(launch)}, and at least "
+        f"{human_bytes(need.firm_bytes)} are needed, about {human_bytes(need.bytes)}, most for {_largest(need)}. "
+        f"Nothing was loaded. {_remedy(ctx, need, launch)} `kdpipe train --dry-run` shows the bytes of each."
     )
 
 
@@ -83,9 +87,14 @@ def _largest(need: Memory) -> str:
     return f"{line.name} ({human_bytes(line.bytes)})"
 
 
-def _remedy(ctx: Context, need: Memory) -> str:
+def _each(launch: Launch | None) -> str:
+    return "" if launch is None or launch.local_size == 1 else f" for each of {launch.local_size} processes"
+
+
+def _remedy(ctx: Context, need: Memory, launch: Launch | None) -> str:
     train = ctx.config.train
     ways = [
+        *(["set train.fsdp: true"] if launch is not None and not train.fsdp else []),
         *([] if train.gradient_checkpointing else ["set train.gradient_checkpointing: true"]),
         f"lower train.micro_batch_tokens ({train.micro_batch_tokens})",
         *(["train fewer weights (train.freeze, train.lora)"] if train.lora is None else []),

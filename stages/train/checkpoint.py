@@ -26,11 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from kdpipe.data.errors import KdpipeError, StoreError
 from kdpipe.data.files import make_folder, move_into_place, remove, write_json
+from kdpipe.stages.train.cost import FILE_BYTES
 from kdpipe.stages.train.optimizer import Optimizer
 from kdpipe.stages.train.world import World
 
@@ -115,9 +116,12 @@ class Checkpoints:
         if self._world.is_first:
             make_folder(self._tmp)
             remove(built)
+        tensors = optimizer.tensors()
         written = dcp.async_save(
-            dict(optimizer.tensors()),
-            storage_writer=HuggingFaceStorageWriter(str(built), save_distributed=True),
+            dict(tensors),
+            storage_writer=HuggingFaceStorageWriter(
+                str(built), fqn_to_index_mapping=_files(tensors, self._world.size), save_distributed=True
+            ),
             process_group=self._group,
         )
         assert isinstance(written, Future)
@@ -234,6 +238,16 @@ def _reading(checkpoint: Checkpoint) -> Iterator[None]:
         if isinstance(error, KdpipeError):
             raise
         raise _damaged(checkpoint.folder, error) from None
+
+
+def _files(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """Which of the files of a rank each tensor goes to, counted from 1: a file is put together in memory."""
+    files: dict[str, int] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        size += tensor.numel() * tensor.element_size()
+        files[name] = 1 + size // (FILE_BYTES * ranks)
+    return files
 
 
 def _after(written: Future[Any], finish: Callable[[], None]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,12 +32,15 @@ from kdpipe.stages.base import Context
 from kdpipe.stages.cache_teachers.requirements import Requirements
 from kdpipe.stages.config import LoraConfig, TrainConfig
 from kdpipe.stages.models.folder import ModelFolder, weight_shapes
+from kdpipe.stages.train.launch import Launch
 from kdpipe.stages.train.lora_targets import adapted_layers
 from kdpipe.stages.train.names import NEVER_TRAINED, canonical, is_named
 from kdpipe.stages.train.terms import Terms
 
 PROCESS_BYTES = 700_000_000
 """Python with torch and transformers (from the measurements in docs/training.md), or about what CUDA takes of a GPU."""
+FILE_BYTES = 256 * 2**20
+"""Size of a file of a checkpoint, about: while it is written, a file is held in memory once more."""
 AHEAD = 5
 """Global batches in memory: four read ahead, and the one in work."""
 FIRM = 0.75
@@ -104,14 +108,15 @@ class Memory:
         return sum(line.bytes if line.exact else int(FIRM * line.bytes) for line in self.lines)
 
 
-def estimate(ctx: Context, needs: Requirements, terms: Terms, cache: Ledger) -> Memory:
-    """What training as configured takes.
+def estimate(ctx: Context, needs: Requirements, terms: Terms, cache: Ledger, launch: Launch | None = None) -> Memory:
+    """What training as configured takes, of each process.
 
     Args:
         ctx: the run.
         needs: what is asked of the teachers.
         terms: of the loss.
         cache: ledger of cache-teachers; its rows say how long samples are, where they are there.
+        launch: how this process was started together with others; None: it trains alone.
     """
     config, student = ctx.config.train, needs.student
     device = find_device(config.device)
@@ -121,22 +126,41 @@ def estimate(ctx: Context, needs: Requirements, terms: Terms, cache: Ledger) -> 
     wide = counts.trained if size == 2 else 0
     pairs = len(terms.layers) if terms.match == "hidden" and needs.textual is not None else 0
     projections = pairs * student.width * (needs.textual.width if needs.textual is not None else 0)
-    beside = projections + counts.adapters
-    trained = counts.trained + beside
     how = "gradient checkpointing" if config.gradient_checkpointing else "all kept"
     flight = _flight(ctx, needs, terms, load, config.global_batch_tokens)
+    ranks = launch.size if launch is not None and config.fsdp else 1
+    trained, every = counts.trained + counts.adapters, counts.all + counts.adapters + projections
+
+    def share(of_model: int, of_projections: int = 0) -> int:
+        return -(-of_model // ranks) + of_projections
+
+    if ranks > 1:
+        # Trained weights are held in float32, and rounded where they are gathered.
+        weights = 4 * trained + size * (counts.all - counts.trained)
+        gathered = size * (2 * counts.outside + 2 * counts.layer)
+        wide = 0
+    else:
+        weights, gathered = size * counts.all + 4 * counts.adapters, 0
+    of = f", 1 / {ranks}" if ranks > 1 else ""
+    learnt = f"{trained + projections:,} trained{of}"
+    written = share(12 * trained, 12 * projections)
+    written += min(written, FILE_BYTES)
     lines = [
-        Line("weights", size * counts.all + 4 * beside, f"{counts.all + beside:,}", exact=True),
+        Line("weights", share(weights, 4 * projections), f"{every:,}{of}", exact=True),
+        Line("gathered", gathered, "two layers, and what is outside of layers") if gathered else None,
         Line("float32 copies", 4 * wide, f"{counts.trained:,} trained", exact=True) if wide else None,
-        Line("gradients (float32)", 4 * trained, f"{trained:,} trained", exact=True),
-        Line("AdamW moments", 8 * trained, "two, float32", exact=True),
+        Line("gradients (float32)", share(4 * trained, 4 * projections), learnt, exact=True),
         Line("activations", activations(student, config, counts, load, size), f"{load.tokens:,} tokens, {how}"),
         Line("output head, losses", head_bytes(student, config, terms, needs.k, load, size, device), "at its peak"),
         Line("teachers' data", flight if device == "cpu" else flight // AHEAD, "batches read ahead"),
+        Line("checkpoint", written, "while it is written") if device == "cpu" else None,
         Line("process" if device == "cpu" else "CUDA", PROCESS_BYTES, "libraries"),
     ]
     kept = tuple(line for line in lines if line is not None)
-    return Memory(device, kept, 0 if device == "cpu" else PROCESS_BYTES + flight, device_memory(device))
+    total = device_memory(device)
+    if device == "cpu" and launch is not None and total is not None:
+        total //= launch.local_size  # they share one memory
+    return Memory(device, kept, 0 if device == "cpu" else PROCESS_BYTES + flight + written, total)
 
 
 @dataclass(frozen=True)
@@ -149,6 +173,8 @@ class Counts:
         adapters: weights of LoRA's adapters, float32, all trained.
         adapted: inputs of the decoder's adapted linear layers, all together.
         ranks: rank of each of these, all together.
+        layer: weights of the largest layer of any part.
+        outside: weights that are in no layer.
     """
 
     all: int
@@ -157,6 +183,8 @@ class Counts:
     adapters: int = 0
     adapted: int = 0
     ranks: int = 0
+    layer: int = 0
+    outside: int = 0
 
 
 def parameters(student: ModelFolder, freeze: Iterable[str], lora: LoraConfig | None = None) -> Counts:
@@ -169,6 +197,7 @@ def parameters(student: ModelFolder, freeze: Iterable[str], lora: LoraConfig | N
     tied = _is_tied(student)
     every = trained = 0
     hears = False
+    layers: dict[str, int] = {}
     for published, count in _sizes(student.path).items():
         if student.family == "qwen2_5_omni" and not published.startswith("thinker."):
             continue
@@ -176,22 +205,29 @@ def parameters(student: ModelFolder, freeze: Iterable[str], lora: LoraConfig | N
         if tied and name.startswith("lm_head."):
             continue
         every += count
+        inside = re.match(r".*?\.(?:layers|blocks)\.\d+\.", name)
+        layer = inside[0] if inside else ""
+        layers[layer] = layers.get(layer, 0) + count
         spelled = (name, f"model.{name}")
         if any(is_named(prefix, one, published, student.family) for prefix in prefixes for one in spelled):
             continue
         trained += count
         hears = hears or ("audio_tower." in name and "audio_tower.proj." not in name)
+    outside = layers.pop("", 0)
+    largest = max(layers.values(), default=0)
     if lora is None:
-        return Counts(every, trained, hears)
-    layers = adapted_layers(student, lora)
-    decoder = [layer for layer in layers if layer.part == "decoder"]
+        return Counts(every, trained, hears, layer=largest, outside=outside)
+    adapted = adapted_layers(student, lora)
+    decoder = [layer for layer in adapted if layer.part == "decoder"]
     return Counts(
         every,
         trained=0,
-        hears=any(layer.part == "audio_tower" for layer in layers),
-        adapters=lora.rank * sum(sum(layer.shape) for layer in layers),
+        hears=any(layer.part == "audio_tower" for layer in adapted),
+        adapters=lora.rank * sum(sum(layer.shape) for layer in adapted),
         adapted=sum(layer.shape[1] for layer in decoder),
         ranks=lora.rank * len(decoder),
+        layer=largest,
+        outside=outside,
     )
 
 

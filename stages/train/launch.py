@@ -22,6 +22,7 @@ class Launch:
         local_rank: of this process on its machine: its GPU.
         address: host of rank 0.
         port: at which rank 0 listens there.
+        local_size: processes on this machine.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class Launch:
     local_rank: int
     address: str
     port: int
+    local_size: int = 1
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
@@ -52,7 +54,17 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
                 "Start kdpipe with torchrun, or unset WORLD_SIZE."
             )
         rank, size, local = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return _checked(Launch(rank, size, local, values["MASTER_ADDR"], int(values["MASTER_PORT"])))
+        here = environment.get("LOCAL_WORLD_SIZE", "")
+        return _checked(
+            Launch(
+                rank,
+                size,
+                local,
+                values["MASTER_ADDR"],
+                int(values["MASTER_PORT"]),
+                int(here) if here.isdigit() else 1,
+            )
+        )
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in environment:
         job = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
         return _checked(
@@ -62,6 +74,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
                 int(environment.get("SLURM_LOCALID", "0")),
                 _first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
                 _FIRST_PORT + job % _PORTS,
+                _tasks_here(environment),
             )
         )
     return None
@@ -71,6 +84,18 @@ def _checked(launch: Launch) -> Launch:
     if not 0 <= launch.rank < launch.size:
         raise KdpipeError(f"rank {launch.rank} of {launch.size} processes: not from 0 to {launch.size - 1}")
     return launch
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int:
+    """Tasks of the step on this node, of a list such as `8(x2),4`: one entry a node, in the nodes' order."""
+    each: list[int] = []
+    for entry in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
+        if found is None:
+            raise KdpipeError(f"SLURM_STEP_TASKS_PER_NODE: {entry!r} is no number of tasks")
+        each += [int(found[1])] * int(found[2] or 1)
+    node = environment.get("SLURM_NODEID", "0")
+    return each[int(node)] if node.isdigit() and int(node) < len(each) else max(each)
 
 
 def _first_host(nodes: str) -> str:

@@ -158,7 +158,7 @@ class Optimizer:
         held |= {
             f"optimizer/{name}/{moment}": value
             for name, weight in self.weights.items()
-            for moment, value in self._adamw.state.get(weight, {}).items()
+            for moment, value in sorted(self._adamw.state.get(weight, {}).items())
         }
         return held
 

@@ -57,6 +57,7 @@ def test_dry_run_prints_a_line_and_a_table(tmp_path: Path, family: Any) -> None:
         "activations",
         "output head, losses",
         "teachers' data",
+        "checkpoint",
         "process",
         "in all",
         "the device has",

@@ -22,6 +22,7 @@ from kdpipe.stages.models.loaded import LoadedModel, load_model
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
 from kdpipe.stages.train.cost import Load, activations, estimate, parameters
 from kdpipe.stages.train.export import published_names
+from kdpipe.stages.train.launch import Launch
 from kdpipe.stages.train.lora import add_adapter
 from kdpipe.stages.train.names import NEVER_TRAINED
 from kdpipe.stages.train.optimizer import freeze
@@ -121,6 +122,30 @@ def test_a_student_that_fits_with_lora_alone_is_not_refused(cached: Any) -> None
     assert adapters["weights"] == whole["weights"] + 4 * beside
     assert adapters["gradients (float32)"] == 4 * beside and adapters["AdamW moments"] == 8 * beside
     assert sum(adapters.values()) < 0.5 * sum(whole.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_sharded_is_a_share_of_each_process(cached: Any, dtype: Any) -> None:
+    run = cached("SFT only")
+    model = dataclasses.replace(run.config.student.model, dtype=dtype)
+    config = dataclasses.replace(run.config, student=dataclasses.replace(run.config.student, model=model))
+
+    def lines(fsdp: bool, ranks: int) -> tuple[dict[str, int], int | None]:
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=fsdp))
+        ctx = dataclasses.replace(run.ctx, config=changed)
+        needs = requirements(ctx)
+        launch = Launch(0, ranks, 0, "localhost", 1, ranks)
+        found = estimate(ctx, needs, resolve_terms(changed, needs), ctx.ledger("cache-teachers"), launch)
+        return {line.name: line.bytes for line in found.lines}, found.total
+
+    (whole, all_of_it), (replicated, half), (sharded, _) = lines(True, 1), lines(False, 2), lines(True, 2)
+    assert replicated == whole and all_of_it is not None and half == all_of_it // 2
+    for name in ("gradients (float32)", "AdamW moments"):
+        assert sharded[name] == -(-whole[name] // 2)
+    wide = whole.get("float32 copies", 0)  # trained weights are held in float32 alone, the others as they are
+    assert sharded["weights"] == -(-(whole["weights"] + wide // 2) // 2)
+    counts = parameters(resolve(config.student.model, run.base), ())
+    assert 0 < counts.layer < counts.outside < counts.all
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -142,7 +142,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(cached: 
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(cached: Any) -> None:
-    """One process, four sharded ones, two that are not, two that are, one: each from the checkpoint of the one before."""
+    """One process, four sharded ones, two that are not, two that are, one: each goes on from the one before."""
     whole = cached(ALL).elsewhere("reshard-whole", epochs=10)
     whole.train()
     cut = cached(ALL).elsewhere("reshard-cut", epochs=10, checkpoint_steps=1000)
@@ -180,6 +180,7 @@ SLURM = {
 def test_torchrun_says_where_a_process_stands() -> None:
     assert find_launch({}) is None
     assert find_launch(TORCHRUN) == Launch(3, 8, 1, "gpu7", 29500)
+    assert find_launch(TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}) == Launch(3, 8, 1, "gpu7", 29500, 4)
     for gone in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         with pytest.raises(KdpipeError, match=f"{gone}: not set as torchrun sets it"):
             find_launch({name: value for name, value in TORCHRUN.items() if name != gone})
@@ -196,4 +197,8 @@ def test_torchrun_says_where_a_process_stands() -> None:
 def test_slurm_says_where_a_process_stands(nodes: str, host: str) -> None:
     found = find_launch(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found == Launch(5, 16, 1, host, 20_863)
+    for tasks, node, here in (("8(x2)", "1", 8), ("4,12", "1", 12), ("4(x3),2(x2)", "3", 2), ("16", "", 16)):
+        more = {"SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": node}
+        found = find_launch(SLURM | more)
+        assert found is not None and found.local_size == here
     assert find_launch(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": nodes}) is None
