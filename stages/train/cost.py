@@ -150,6 +150,7 @@ def estimate(ctx: Context, needs: Requirements, terms: Terms, cache: Ledger, lau
         Line("gathered", gathered, "two layers, and what is outside of layers") if gathered else None,
         Line("float32 copies", 4 * wide, f"{counts.trained:,} trained", exact=True) if wide else None,
         Line("gradients (float32)", share(4 * trained, 4 * projections), learnt, exact=True),
+        Line("AdamW moments", share(8 * trained, 8 * projections), f"two, float32{of}", exact=True),
         Line("activations", activations(student, config, counts, load, size), f"{load.tokens:,} tokens, {how}"),
         Line("output head, losses", head_bytes(student, config, terms, needs.k, load, size, device), "at its peak"),
         Line("teachers' data", flight if device == "cpu" else flight // AHEAD, "batches read ahead"),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Unpack, get_args
 
 import torch
+from torch.distributed.tensor import DTensor, Partial
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.train.losses.chunked import tiled_head
@@ -73,6 +74,13 @@ def _check_triton(hidden_NH: torch.Tensor) -> None:
         )
 
 
+def _gathered(weight_VH: torch.Tensor) -> torch.Tensor:
+    """The whole of a weight; each rank has rows of its own, so the gradients of all are summed up."""
+    if not isinstance(weight_VH, DTensor):
+        return weight_VH
+    return weight_VH.full_tensor(grad_placements=[Partial()] * weight_VH.device_mesh.ndim)
+
+
 def _head_of(form: Form) -> _Head:
     if form == "triton":
         from kdpipe.stages.train.losses.triton_head import triton_head
@@ -115,7 +123,8 @@ def linear_logsumexp_gather(
 
     Args:
         hidden_NH: hidden states [N, H] after the final norm; N may be 0.
-        weight_VH: rows of the output head [V, H].
+        weight_VH: rows of the output head [V, H]; a DTensor, sharded over ranks, is gathered, and its gradient
+            summed over the ranks.
         ids_NS: int64 ids to look up [N, S]; -1 is absent.
         temperatures: softmax temperatures.
         blocks: first ids of B ascending vocabulary blocks, beginning with 0; None for the whole vocabulary.
@@ -138,6 +147,7 @@ def linear_logsumexp_gather(
     Raises:
         KdpipeError: shapes, ids or settings that do not fit together; a form that cannot run here.
     """
+    weight_VH = _gathered(weight_VH)
     spec = head_spec(
         hidden_NH,
         weight_VH,
@@ -189,6 +199,7 @@ def linear_loss(
     Raises:
         KdpipeError: as `linear_logsumexp_gather`.
     """
+    weight_VH = _gathered(weight_VH)
     spec, bias = head_spec(hidden_NH, weight_VH, ids_NS, temperatures=temperatures, **settings), settings.get("bias")
     form = choose_form(form, hidden_NH, weight_VH, with_loss=True)
     with torch.autocast(hidden_NH.device.type, enabled=False):

@@ -48,6 +48,12 @@ def _start(run: Run) -> subprocess.Popen[bytes]:
     return process
 
 
+def _training_began(run: Run, process: subprocess.Popen[bytes]) -> float:
+    while not run.metrics and process.poll() is None:
+        time.sleep(0.005)
+    return time.monotonic()
+
+
 def _content(path: Path) -> bytes:
     """Without the header of a checkpoint's file, whose fields safetensors writes in no fixed order."""
     data = path.read_bytes()
@@ -65,25 +71,22 @@ def _state(run: Run) -> dict[str, Any]:
 def test_killed_at_random_and_resumed_is_the_run_that_was_never_stopped(cached: Any) -> None:
     setting = "all + acoustic + SFT"
     whole = cached(setting).elsewhere("never-killed", **SETTINGS)
-    began = time.monotonic()
-    out, _ = (process := _start(whole)).communicate(timeout=300)
+    process = _start(whole)
+    began = _training_began(whole, process)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out.decode()
-    duration = time.monotonic() - began
+    span = time.monotonic() - began
     expected = _state(whole)
     chance = random.Random(5)
     steps = []
     for number in range(KILLS):
         run = cached(setting).elsewhere(f"killed-{number}", **SETTINGS)
         process = _start(run)
-        # From when training has begun to a little before the end, the writing of the student included.
-        while not run.metrics and process.poll() is None:
-            time.sleep(0.005)
-        first = time.monotonic()
-        training = sum(line["seconds"] for line in whole.metrics)
-        time.sleep(chance.random() * min(1.5 * training, duration))
+        began = _training_began(run, process)
+        time.sleep(chance.random() * span)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        steps.append((len(run.metrics), round(time.monotonic() - first, 2), process.returncode))
+        steps.append((len(run.metrics), round(time.monotonic() - began, 2), process.returncode))
         out, _ = (process := _start(run)).communicate(timeout=300)
         assert process.returncode == 0, out.decode()
         assert _state(run) == expected, f"kill {number} after {steps[-1]}"
