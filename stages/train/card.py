@@ -28,6 +28,7 @@ class Made:
         samples: samples trained on.
         response_tokens: their response tokens, one epoch.
         steps: optimizer steps.
+        exported: the one after which the weights are the student's.
         identity: digest of everything that decided the student.
         metrics: lines of metrics.jsonl.
         prompt: the student's prompt template.
@@ -43,6 +44,7 @@ class Made:
     samples: int
     response_tokens: int
     steps: int
+    exported: int
     identity: str
     metrics: Sequence[Mapping[str, Any]]
     prompt: str
@@ -69,7 +71,7 @@ def model_card(made: Made) -> str:
         f"- base model: {_named(made.base)}",
         *teachers,
         f"- data: {made.samples} samples, {made.response_tokens} response tokens",
-        f"- training: {made.steps} steps{_passed_over(made.metrics)}",
+        f"- training: {made.steps} steps{_passed_over(made.metrics)}{_chosen(made)}",
         *([f"- LoRA, merged into these weights: {made.lora}"] if made.lora is not None else []),
         f"- identity: `{made.identity}`",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}",
@@ -111,6 +113,12 @@ def _passed_over(metrics: Sequence[Mapping[str, Any]]) -> str:
     if not steps:
         return ""
     return f", {len(steps)} of them skipped because loss or gradient was not finite (step {', '.join(steps)})"
+
+
+def _chosen(made: Made) -> str:
+    if made.exported == made.steps:
+        return ""
+    return f"; the weights are those after step {made.exported}, where the held-out loss was lowest"
 
 
 def _metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -40,6 +40,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 _FORMAT = 2
 _STATE = "state.json"
+_ANY = "step-[0-9][0-9][0-9][0-9][0-9][0-9]*"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Checkpoints:
             KdpipeError: the one before could not be written; it names the reason.
         """
         self.wait()
-        built = self._tmp / f"step-{step:06d}"
+        built = named(self._tmp, step)
         if self._world.is_first:
             make_folder(self._tmp)
             remove(built)
@@ -152,13 +153,13 @@ class Checkpoints:
         sizes = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
         write_json(built / _STATE, {**state, "files": sizes}, self._tmp)
         move_into_place(built, self._folder / built.name)
-        for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
+        for old in sorted(self._folder.glob(_ANY), key=_step)[: -self._keep]:
             if _step(old) not in kept:
                 remove(old)
 
 
-def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -> list[Checkpoint]:
-    """The checkpoints of this run, by step; removes those of other runs, and says so.
+def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The last checkpoint of this run; removes those of other runs, and says so.
 
     Args:
         folder: `train/checkpoints`.
@@ -169,25 +170,41 @@ def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -
     Raises:
         StoreError: a checkpoint cannot be read.
     """
-    found = []
-    for path in sorted(folder.glob("step-*")):
+    last = None
+    for path in sorted(folder.glob(_ANY), key=_step):
         try:
             state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            known = state["format"] == _FORMAT
-            checkpoint = Checkpoint(path, state["step"], state["identity"], state["stream"], state.get("files", {}))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = "another release" if state["format"] != _FORMAT else ""
+            if not why and state["identity"] != identity:
+                why = "another configuration or other data"
+            if not why and state["stream"].get("digest") != stream:
+                why = "another order of the data"
+            found = None if why else read(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, error) from None
-        if known and checkpoint.identity == identity and checkpoint.stream.get("digest") == stream:
-            found.append(checkpoint)
-            continue
-        why = "another order of the data"
-        if not known:
-            why = "another release"
-        elif checkpoint.identity != identity:
-            why = "another configuration or other data"
-        say(f"train: {path.name} is of {why}: removed")
-        remove(path)
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+        if found is None:
+            say(f"train: {path.name} is of {why}: removed")
+            remove(path)
+        last = found or last
+    return last
+
+
+def read(path: Path) -> Checkpoint:
+    """What a checkpoint says of itself.
+
+    Raises:
+        StoreError: it is gone or damaged.
+    """
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        return Checkpoint(path, int(state["step"]), state["identity"], state["stream"], dict(state["files"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def named(folder: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps lies."""
+    return folder / f"step-{step:06d}"
 
 
 def load(checkpoint: Checkpoint, optimizer: Optimizer, world: World) -> None:

@@ -28,7 +28,7 @@ from kdpipe.data.stream import Stream, StreamState, prefetch
 from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
-from kdpipe.stages.train.checkpoint import Checkpoint, Checkpoints
+from kdpipe.stages.train.checkpoint import Checkpoints
 from kdpipe.stages.train.data import GlobalBatch, Reader
 from kdpipe.stages.train.guards import DoesNotFit, NotFinite, Skips, StepFailed, check_losses, within_memory
 from kdpipe.stages.train.metrics import read_metrics
@@ -96,7 +96,7 @@ def train(
     total_steps: int,
     world: World,
     validation: Validation | None = None,
-) -> Checkpoint:
+) -> None:
     """Trains from the last checkpoint, or from the start, to the last step, where it leaves a checkpoint.
 
     Args:
@@ -111,9 +111,6 @@ def train(
         world: the processes that train together; each is given its own share of the stream.
         validation: measures the held-out loss; None for none. Where the loss is the lowest so far, a checkpoint
             follows, and is kept.
-
-    Returns:
-        The checkpoint that `train.export` asks for; whole on disk.
 
     Raises:
         StepFailed: loss or gradient is not finite, or a micro-batch does not fit; names the samples. A checkpoint of
@@ -192,18 +189,6 @@ def train(
                     f"train: stopped after step {number + 1} of {total_steps}; a checkpoint is written. "
                     "Run the same command again to go on from there."
                 )
-        checkpoints.wait()
-    found = checkpoint.find(place.checkpoints, place.identity, stream.digest, place.say)
-    step = total_steps
-    if config.export == "best" and validation is not None and validation.best_step is not None:
-        step = validation.best_step
-    chosen = [one for one in found if one.step == step]
-    if not chosen:
-        raise KdpipeError(
-            f"train: {place.checkpoints} has no checkpoint of step {step}, after which the held-out loss was lowest. "
-            "Remove the folder to train anew, or set train.export: last."
-        )
-    return chosen[0]
 
 
 def train_step(
@@ -310,12 +295,12 @@ def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) ->
     # Rank 0 removes those of other runs before the others look.
     world.first_does(find)
     found = find()
-    if not found:
+    if found is None:
         return 0
-    checkpoint.load(found[-1], optimizer, world)
-    stream.resume(StreamState(**found[-1].stream))
-    place.say(f"train: goes on after step {found[-1].step}")
-    return found[-1].step
+    checkpoint.load(found, optimizer, world)
+    stream.resume(StreamState(**found.stream))
+    place.say(f"train: goes on after step {found.step}")
+    return found.step
 
 
 def _bar_text(step: Step, meter: _Meter, memory: int) -> str:

@@ -22,8 +22,8 @@ from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.loaded import LoadedModel, load_model
+from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.card import Made, model_card
-from kdpipe.stages.train.checkpoint import restore
 from kdpipe.stages.train.data import Reader
 from kdpipe.stages.train.export import published_names, write_student
 from kdpipe.stages.train.loop import Place, train
@@ -141,15 +141,18 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
             )
         if config.validation_fraction > 0:
             ctx.say(f"train: {len(held)} samples are held out for validation, {len(plan.wanted)} are trained on")
-        result = train(config, place, objective, weights, optimizer, stream, reader, total, world, validation)
+        train(config, place, objective, weights, optimizer, stream, reader, total, world, validation)
 
     def export() -> None:
         nonlocal student, adapter
         recheck()
-        if is_sharded or result.step != total:
-            if is_sharded:
-                student, adapter = _student(ctx, base, torch.device("cpu"))
-            restore(student.model, result)
+        step = total
+        if config.export == "best" and validation is not None and validation.best_step is not None:
+            step = validation.best_step
+        if is_sharded:
+            student, adapter = _student(ctx, base, torch.device("cpu"))
+        if is_sharded or step != total:
+            checkpoint.restore(student.model, checkpoint.read(checkpoint.named(place.checkpoints, step)))
         made = Made(
             base=base,
             textual=needs.textual,
@@ -159,6 +162,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
             samples=len(plan.wanted),
             response_tokens=sum(row.tokens for row in targets.values()),
             steps=total,
+            exported=step,
             identity=place.identity,
             metrics=read_metrics(place.metrics),
             prompt=ctx.config.student.prompt,

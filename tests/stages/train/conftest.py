@@ -199,3 +199,11 @@ def tasked(cached: MakeRun, tmp_path: Path) -> Callable[..., Run]:
         return Run(shared.config, folder)
 
     return make
+
+
+def last_checkpoint(run: Run) -> dict[str, Any]:
+    """Tensors of the last checkpoint of a run of one process: `weights/<name>`, `optimizer/<name>/<moment>`."""
+    from safetensors.torch import load_file
+
+    latest = max((run.ctx.folder("train") / "checkpoints").iterdir())
+    return {name: value for file in sorted(latest.glob("*.safetensors")) for name, value in load_file(file).items()}

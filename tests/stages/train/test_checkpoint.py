@@ -37,8 +37,18 @@ def _writer(folder: Path, identity: str = "a", keep: int = 2) -> checkpoint.Chec
     return checkpoint.Checkpoints(folder / "checkpoints", folder / "tmp", identity=identity, keep=keep, world=ALONE)
 
 
-def _find(folder: Path, say: Callable[[str], None] = print) -> list[checkpoint.Checkpoint]:
+def _find(folder: Path, say: Callable[[str], None] = print) -> checkpoint.Checkpoint | None:
     return checkpoint.find(folder / "checkpoints", "a", "s", say)
+
+
+def _last(folder: Path) -> checkpoint.Checkpoint:
+    found = _find(folder)
+    assert found is not None
+    return found
+
+
+def _steps(folder: Path) -> list[int]:
+    return [checkpoint.read(folder / "checkpoints" / name).step for name in _names(folder)]
 
 
 def _names(folder: Path) -> list[str]:
@@ -53,7 +63,7 @@ def test_everything_comes_back_as_it_was_when_the_checkpoint_was_asked_for(tmp_p
         with torch.no_grad():
             for value in optimizer.tensors().values():
                 value.fill_(99.0)
-    (found,) = _find(tmp_path)
+    found = _last(tmp_path)
     assert (found.step, found.stream) == (3, {"digest": "s"}) and list(found.files)
     other = _optimizer(seed=1)
     checkpoint.load(found, other, ALONE)
@@ -73,7 +83,7 @@ def test_the_last_ones_and_the_best_are_kept_and_come_by_step(tmp_path: Path) ->
     assert _names(tmp_path) == ["step-000009", "step-000010"]
     for step in (11, 12, 13):
         _save(tmp_path, step, best=10)
-    assert [found.step for found in _find(tmp_path)] == [10, 12, 13]
+    assert _steps(tmp_path) == [10, 12, 13] and _last(tmp_path).step == 13
     _save(tmp_path, 14, best=14)
     assert _names(tmp_path) == ["step-000013", "step-000014"]
 
@@ -103,20 +113,20 @@ def test_a_full_disk_is_said_and_what_was_there_stays(tmp_path: Path, monkeypatc
     monkeypatch.setattr(checkpoint, "write_json", full)
     with pytest.raises(KdpipeError, match=r"a checkpoint could not be written .*No space left.*make room"):
         _save(tmp_path, 2)
-    assert [found.step for found in _find(tmp_path)] == [1]
+    assert _steps(tmp_path) == [1]
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(KdpipeError, match=r"could not be written \(rank 0: \[Errno 28\] No space left on device\)"):
         _save(tmp_path, 2)
-    assert [found.step for found in _find(tmp_path)] == [1]
+    assert _steps(tmp_path) == [1]
     monkeypatch.undo()
     _save(tmp_path, 2)
-    assert [found.step for found in _find(tmp_path)] == [1, 2]
+    assert _steps(tmp_path) == [1, 2]
 
 
 def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path: Path) -> None:
     _save(tmp_path, 1)
-    (saved,) = _find(tmp_path)
+    saved = _last(tmp_path)
     (file,) = (saved.folder / name for name in saved.files)
     whole = file.read_bytes()
     for damaged in (whole[:-8], b"x" * len(whole)):
@@ -135,7 +145,7 @@ def test_weights_are_restored_into_a_whole_model(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     expected = _optimizer().weights
     layer = nn.Linear(4, 3).to(torch.bfloat16)
-    checkpoint.restore(layer, _find(tmp_path)[0])
+    checkpoint.restore(layer, _last(tmp_path))
     assert torch.equal(layer.weight, expected["weight"].to(torch.bfloat16))
     with pytest.raises(StoreError, match="cannot be read"):
-        checkpoint.restore(nn.Linear(5, 3), _find(tmp_path)[0])
+        checkpoint.restore(nn.Linear(5, 3), _last(tmp_path))

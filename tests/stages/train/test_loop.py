@@ -24,7 +24,7 @@ from kdpipe.stages.train.data import split_by_padded_size
 from kdpipe.stages.train.metrics import MetricsFile
 from kdpipe.stages.train.objective import MicroBatch, Objective, Sums
 
-from .conftest import story
+from .conftest import last_checkpoint, story
 
 if TYPE_CHECKING:
     from kdpipe.stages.miniature.models import Miniatures
@@ -200,8 +200,7 @@ def test_a_student_in_bfloat16_keeps_float32_weights_while_it_trains(cached: Any
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     stored = load_file(run.student / "model.safetensors")
     assert stored["thinker.lm_head.weight"].dtype == torch.bfloat16
-    latest = max((run.ctx.folder("train") / "checkpoints").iterdir())
-    assert load_file(latest / "weights.safetensors")["lm_head.weight"].dtype == torch.float32
+    assert last_checkpoint(run)["weights/lm_head.weight"].dtype == torch.float32
 
 
 def test_a_loss_that_is_not_finite_names_its_samples(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:

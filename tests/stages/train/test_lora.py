@@ -27,6 +27,7 @@ from kdpipe.stages.train.metrics import MetricsFile
 
 if TYPE_CHECKING:
     from kdpipe.stages.miniature.models import Miniatures
+from .conftest import last_checkpoint
 
 FAMILIES = ("qwen2_audio", "qwen2_5_omni")
 ALL = "all + acoustic + SFT"
@@ -81,8 +82,7 @@ def test_the_stage_trains_adapters_alone_and_exports_them_twice(
     assert {layer.kind for layer in layers} == DECODER and len(layers) == 7 * 4
     assert any(f"train: {weights:,} weights trained" in line for line in run.said)
 
-    latest = max((run.ctx.folder("train") / "checkpoints").iterdir())
-    saved = load_file(latest / "weights.safetensors")
+    saved = {name: value for name, value in last_checkpoint(run).items() if name.startswith("weights/")}
     assert len(saved) == 2 * len(layers) and sum(value.numel() for value in saved.values()) == weights
     assert all(".lora_" in name and value.dtype == torch.float32 for name, value in saved.items())
     before, after = load_file(base.path / "model.safetensors"), load_file(run.student / "model.safetensors")
@@ -138,9 +138,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(cached: Any, monkeypatch: py
     for file in ("student/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         ours, theirs = (run.ctx.folder("train") / file for run in (broken, whole))
         assert ours.read_bytes() == theirs.read_bytes()
-    latest = max((whole.ctx.folder("train") / "checkpoints").iterdir())
-    names = load_file(latest / "weights.safetensors")
-    assert {name.split(".")[0] for name in names if ".lora_" not in name} == {"projections"}
+    names = [name for name in last_checkpoint(whole) if ".lora_" not in name]
+    assert {name.split("/")[1].split(".")[0] for name in names} == {"projections"}
 
 
 def test_gradient_checkpointing_changes_nothing(cached: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdpipe.stages.config_train import ScheduleConfig, TaskWeightsConfig
 from kdpipe.stages.train import loop
@@ -192,3 +193,27 @@ def test_keys_and_clips_that_questions_share(cached: Any, tmp_path: Path) -> Non
     run.bring_up_to_date()
     now_trained, now_held = _split(run)
     assert now_held - held == {"again-held"} and now_trained - trained == {"again-trained"}
+
+
+def test_the_best_student_is_exported_where_that_is_asked_for(cached: Any) -> None:
+    """At so high a rate the loss falls, and then rises again."""
+    settings = {"validation_fraction": FRACTION, "validate_steps": 1, "epochs": 4, "learning_rate": 3e-2}
+    settings |= {"keep_checkpoints": 1, "checkpoint_steps": 1}
+    last, best = (cached(ALL).elsewhere(f"export-{name}", export=name, **settings) for name in ("last", "best"))
+    metrics = last.train()
+    step = metrics[-1]["validation"]["best_step"]
+    assert 1 < step < metrics[-1]["step"]
+    assert story(best.train()) == story(metrics)
+    folders = sorted(path.name for path in (best.ctx.folder("train") / "checkpoints").iterdir())
+    assert folders == [f"step-{number:06d}" for number in (step, metrics[-1]["step"])], "both are kept"
+    ours, theirs = (load_file(run.student / "model.safetensors") for run in (best, last))
+    kept = load_file(next((best.ctx.folder("train") / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")))
+    names = [name for name in kept if name.startswith("weights/")]
+    assert names
+    for name in names:
+        own = name.removeprefix("weights/")
+        assert torch.equal(ours[f"thinker.{own}"], kept[name])
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    assert f"the weights are those after step {step}" in (best.student / "README.md").read_text()
+    best.config = dataclasses.replace(best.config, train=dataclasses.replace(best.config.train, export="last"))
+    assert best.plans()["train"].todo, "another student is asked for"
