@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -178,5 +178,8 @@ def joined(launch: Launch, device: str) -> Iterator[World]:
         ) from None
     try:
         yield World(launch.rank, launch.size, place)
+        # Whoever leaves while others still talk may be aborted by torch's threads at the very end.
+        with suppress(RuntimeError):
+            dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -209,7 +209,7 @@ class _Recorder:
     """An optimizer that only looks."""
 
     def __init__(self) -> None:
-        self.weights: dict[str, Any] = {}
+        self.replicated: list[Any] = []
 
     def step(self, number: int) -> tuple[float, float]:
         return 1.0, 0.0

@@ -44,8 +44,9 @@ torch.testing.assert_close(found, expected[rank])
 torch.testing.assert_close(own.grad, every.grad[rank])
 assert shared.grad.placements == (Shard(0),) and len(shared.grad.to_local()) < 51
 torch.testing.assert_close(shared.grad.full_tensor(), whole.grad)
-dist.destroy_process_group()
 print("fits")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
