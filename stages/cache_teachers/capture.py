@@ -6,6 +6,7 @@ Dimension key: N response rows (or audio rows) of a batch, H width of the teache
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from kdpipe.data.store.codec import Fidelity, decode_states, encode_tensors
 from kdpipe.data.store.format import TOP, hidden_prefix, lens_prefix, under
 from kdpipe.stages.base import Wanted
 from kdpipe.stages.cache_teachers.draws import uniforms
-from kdpipe.stages.cache_teachers.head import distribution
+from kdpipe.stages.cache_teachers.head import distribution, refuse_nonfinite
 from kdpipe.stages.cache_teachers.shape import Shape
 from kdpipe.stages.models.inputs import Batch, Example
 from kdpipe.stages.models.loaded import LoadedModel
@@ -81,7 +82,7 @@ class Scribe:
             waits for their way to the host, encodes, and may run in another thread while the teacher goes on.
 
         Raises:
-            KdpipeError: the teacher gives NaN or infinity; names the samples.
+            KdpipeError: the teacher gives NaN or infinity; names the samples. So does the function.
         """
         rows = (batch.response_rows if self._over == "response" else batch.audio_rows).to(self._loaded.device)
         offsets = batch.response_offsets if self._over == "response" else batch.audio_offsets
@@ -89,17 +90,27 @@ class Scribe:
         with self._loaded.capture([*shape.lens, *shape.hidden], rows) as states_NH:
             last_NH = self._loaded.hidden(batch).flatten(0, 1)[rows]
         made: dict[str, torch.Tensor] = {}
-        try:
+        with self._named(batch):
             if shape.layout is not None:
                 made |= self._distribution(TOP, last_NH, batch)
             for layer in shape.lens:
                 made |= self._distribution(lens_prefix(layer), self._loaded.final_norm(states_NH[layer]), batch)
             for layer in shape.hidden:
                 made |= self._states(layer, states_NH[layer])
+        arrived = to_host(made)
+
+        def arrays() -> list[dict[str, np.ndarray]]:
+            with self._named(batch):
+                return self._cut(arrived(), offsets)
+
+        return arrays
+
+    @contextmanager
+    def _named(self, batch: Batch) -> Iterator[None]:
+        try:
+            yield
         except KdpipeError as error:
             raise KdpipeError(f"{self._loaded.folder.name}, samples {', '.join(batch.ids)}: {error}") from None
-        arrived = to_host(made)
-        return lambda: self._cut(arrived(), offsets)
 
     def _distribution(self, prefix: str, hidden_NH: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         layout, alignment = self._shape.layout, self._shape.alignment
@@ -135,6 +146,8 @@ class Scribe:
 
     def _cut(self, flat: dict[str, np.ndarray], offsets: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """Arrays of each example, from what the whole batch gave."""
+        for prefix in self._shape.prefixes:
+            refuse_nonfinite(flat[f"{prefix}/log_z"])
         for layer in self._shape.hidden:
             prefix = hidden_prefix(layer) + "/"
             true = torch.from_numpy(flat.pop(f"{prefix}true"))

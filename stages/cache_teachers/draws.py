@@ -70,5 +70,7 @@ def systematic_draws(logits_NV: torch.Tensor, temperature: float, uniform_N: tor
         point_rD = (place_D + uniform_r[:, None]) / draws
         # A point just below 1 may be rounded up to it.
         target_rD = (point_rD * total_r1).long().minimum(total_r1 - 1)
-        found.append(torch.searchsorted(sum_rV, target_rD, right=True).masked_fill_(empty_r1, -1))
+        # NaN, which is refused later, must not lead outside.
+        place_rD = torch.searchsorted(sum_rV, target_rD, right=True).clamp_max_(vocabulary - 1)
+        found.append(place_rD.masked_fill_(empty_r1, -1))
     return torch.cat(found)

@@ -20,11 +20,14 @@ probability exp(z_v / T) / sum of them; see `draws`.
 
 from __future__ import annotations
 
+import importlib.util
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from kdpipe.data.errors import KdpipeError
@@ -32,7 +35,8 @@ from kdpipe.stages.cache_teachers.draws import systematic_draws
 from kdpipe.stages.models.vocabulary import Alignment
 
 _PIECE = 32
-_TILE = 2048  # columns that are swept at a time
+_TILE = 2048  # columns that are swept at a time: on a CPU what its cache holds, on a GPU what is worth starting
+_TILE_GPU = 32_768
 
 
 def distribution(
@@ -69,12 +73,10 @@ def distribution(
         uniforms: float64 [N, T] in [0, 1), which decide on the draws; not needed without.
 
     Returns:
-        On the states' device: `ids` int64 [N, K], likeliest first, -1 where a position keeps fewer; `logprob` [N, K] at
-        temperature 1 (nats), -inf there; `log_z` [N, T]; `log_tail` [N, T, B], -inf where nothing is left; with draws
-        also `draws` int64 [N, T, D], -1 where nothing is left to draw from.
-
-    Raises:
-        KdpipeError: a logit is NaN or infinite.
+        On the states' device, which may still be at work on them: `ids` int64 [N, K], likeliest first, -1 where a
+        position keeps fewer; `logprob` [N, K] at temperature 1 (nats), -inf there; `log_z` [N, T]; `log_tail`
+        [N, T, B], -inf where nothing is left; with draws also `draws` int64 [N, T, D], -1 where nothing is left to
+        draw from. Where a logit is NaN or infinite, so is `log_z`; see `refuse_nonfinite`.
     """
     assert bounds[0] == 0 and bounds[-1] == alignment.valid
     uniforms_NT = hidden_NH.new_zeros(len(hidden_NH), len(temperatures), dtype=torch.float64)
@@ -94,6 +96,16 @@ def distribution(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def refuse_nonfinite(log_z_NT: np.ndarray) -> None:
+    """Refuses what came of logits that are NaN or infinite. Apart from `distribution`, so that nothing waits for a GPU.
+
+    Raises:
+        KdpipeError: there are such.
+    """
+    if not np.isfinite(log_z_NT).all():
+        raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
+
+
 @dataclass(frozen=True)
 class _Sweep:
     """Columns of logits: each vocabulary block starts on a piece of its own, filled up with -inf.
@@ -106,6 +118,7 @@ class _Sweep:
         column_PC: int64, the columns of each piece.
         tiles: first id, first column, ids and columns of each.
         masked: columns of masked ids, rising.
+        masked_M: the same on the device.
     """
 
     bounds: Sequence[int]
@@ -115,6 +128,7 @@ class _Sweep:
     column_PC: torch.Tensor
     tiles: Sequence[tuple[int, int, int, int]]
     masked: Sequence[int]
+    masked_M: torch.Tensor
 
     @staticmethod
     def over(bounds: Sequence[int], alignment: Alignment, device: torch.device) -> _Sweep:
@@ -126,17 +140,19 @@ class _Sweep:
         )
         id_W = torch.full((columns[-1],), -1, dtype=torch.int64)
         id_W[column_V] = torch.arange(bounds[-1])
-        masked = column_V[torch.tensor(sorted(alignment.masked), dtype=torch.int64)].tolist()
+        masked_M = column_V[torch.tensor(sorted(alignment.masked), dtype=torch.int64)]
         tiles, pieces = [], []
+        size = _TILE_GPU if device.type == "cuda" else _TILE
         for (low, high), start in zip(pairwise(bounds), columns, strict=False):
-            for first in range(low, high, _TILE):
-                ids, column = min(first + _TILE, high) - first, start + first - low
+            for first in range(low, high, size):
+                ids, column = min(first + size, high) - first, start + first - low
                 wide = -(-ids // _PIECE) * _PIECE
                 tiles.append((first, column, ids, wide))
                 pieces.append(torch.arange(column, column + wide).view(_PIECE, -1).T)
-        return _Sweep(
-            bounds, columns, id_W.to(device), column_V.to(device), torch.cat(pieces).to(device), tiles, masked
+        id_W, column_V, column_PC, on_device_M = (
+            tensor.to(device, non_blocking=True) for tensor in (id_W, column_V, torch.cat(pieces), masked_M)
         )
+        return _Sweep(bounds, columns, id_W, column_V, column_PC, tiles, masked_M.tolist(), on_device_M)
 
     def logits(
         self, hidden_RH: torch.Tensor, weight_VH: torch.Tensor, temperatures: Sequence[float]
@@ -150,11 +166,12 @@ class _Sweep:
         for first, column, ids, wide in self.tiles:
             _product(hidden_RH, weight_VH[first : first + ids], logits_RW[:, column : column + ids])
             logits_RW[:, column + ids : column + wide] = -torch.inf
-            for one in self.masked[bisect_left(self.masked, column) : bisect_left(self.masked, column + wide)]:
-                logits_RW[:, one] = -torch.inf
+            low, high = bisect_left(self.masked, column), bisect_left(self.masked, column + wide)
+            if high - low:
+                logits_RW.index_fill_(1, self.masked_M[low:high], -torch.inf)
             here_RCp = logits_RW[:, column : column + wide].unflatten(1, (_PIECE, -1))
             span = slice(column // _PIECE, (column + wide) // _PIECE)
-            peaks_RP[:, span], sums_RTP[:, :, span] = _summed(here_RCp, temperatures)
+            _summed(here_RCp, temperatures, peaks_RP[:, span], sums_RTP[:, :, span])
         return logits_RW, peaks_RP, sums_RTP
 
     def largest(
@@ -169,8 +186,6 @@ class _Sweep:
     ) -> dict[str, torch.Tensor]:
         """The likeliest ids and what is left of each block."""
         log_z_RT = torch.logsumexp(sums_RTP, dim=2)
-        if not bool(torch.isfinite(log_z_RT).all()):
-            raise KdpipeError("the teacher's logits hold NaN or infinity. Run it in a wider dtype (`dtype: float32`).")
         piece_RQ = peaks_RP.topk(min(k, peaks_RP.shape[1]), dim=1, sorted=False).indices
         # Columns of a piece stand as in a tile: the c-th of all pieces, then the next.
         column_RG = self.column_PC[piece_RQ].transpose(1, 2).flatten(1)
@@ -186,7 +201,8 @@ class _Sweep:
             place_RK = torch.where(gone_RK, place_RK[:, :1], place_RK)
             ids_RK, logprob_RK = ids_RK.masked_fill(gone_RK, -1), logprob_RK.masked_fill(gone_RK, -torch.inf)
         found_RG.scatter_(1, place_RK, -torch.inf)
-        _, left_RTQ = _summed(found_RG.unflatten(1, (_PIECE, -1)), temperatures)
+        left_RTQ = sums_RTP.new_empty(*sums_RTP.shape[:2], piece_RQ.shape[1])
+        _summed(found_RG.unflatten(1, (_PIECE, -1)), temperatures, torch.empty_like(left_RTQ[:, 0]), left_RTQ)
         sums_RTP = sums_RTP.scatter(2, piece_RQ[:, None].expand_as(left_RTQ), left_RTQ)
         tails = [
             torch.logsumexp(sums_RTP[:, :, low // _PIECE : high // _PIECE], dim=2)
@@ -217,20 +233,30 @@ def _product(hidden_RH: torch.Tensor, weight_VH: torch.Tensor, out_RV: torch.Ten
     half = hidden_RH.dtype == weight_VH.dtype and hidden_RH.dtype in (torch.bfloat16, torch.float16)
     if half and hidden_RH.is_cuda:
         # Products of such operands are exact in float32, and tensor cores add them up in it.
-        out_RV.copy_(torch.mm(hidden_RH, weight_VH.T, out_dtype=dtype))
+        torch.mm(hidden_RH, weight_VH.T, out_dtype=dtype, out=out_RV)
     else:
         torch.mm(hidden_RH.to(dtype), weight_VH.to(dtype).T, out=out_RV)
 
 
-def _summed(logits_RCp: torch.Tensor, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest [R, p] and log-sum-exp [R, T, p] of each piece; -inf where all is -inf."""
-    peak_Rp = logits_RCp.amax(1)
+def _summed(
+    logits_RCp: torch.Tensor, temperatures: Sequence[float], peak_Rp: torch.Tensor, sum_RTp: torch.Tensor
+) -> None:
+    """Writes the largest [R, p] and the log-sum-exp [R, T, p] of each piece; -inf where all is -inf."""
+    if logits_RCp.is_cuda and logits_RCp.dtype == torch.float32 and _has_triton():
+        from kdpipe.stages.cache_teachers import head_triton
+
+        head_triton.summed(logits_RCp, temperatures, peak_Rp, sum_RTp)
+        return
+    torch.amax(logits_RCp, 1, out=peak_Rp)
     base_Rp = peak_Rp.clamp_min(torch.finfo(peak_Rp.dtype).min)
-    sums = []
-    for T in temperatures:
+    for place, T in enumerate(temperatures):
         shifted_RCp = logits_RCp - base_Rp[:, None]
         if T != 1:
             shifted_RCp /= T
-        sums.append(shifted_RCp.exp_().sum(1).log_().add_(base_Rp, alpha=1 / T))
-    sums_RTp = torch.stack(sums, dim=1)
-    return peak_Rp, sums_RTp.masked_fill_(peak_Rp[:, None] == -torch.inf, -torch.inf)
+        sum_RTp[:, place] = shifted_RCp.exp_().sum(1).log_().add_(base_Rp, alpha=1 / T)
+    sum_RTp.masked_fill_(peak_Rp[:, None] == -torch.inf, -torch.inf)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

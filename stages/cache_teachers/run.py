@@ -24,7 +24,7 @@ from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
 from kdpipe.stages.cache_teachers.shape import WINDOW_PARTS, together
 from kdpipe.stages.cache_teachers.stage import STAGE, UPSTREAM
 from kdpipe.stages.cache_teachers.targets import THREADS, make_targets, refuse_long
-from kdpipe.stages.cache_teachers.teach import Task, Teacher, write_served
+from kdpipe.stages.cache_teachers.teach import Built, Task, Teacher, write_served
 from kdpipe.stages.models.inputs import AUDIO_TOKEN, Encoder, Example
 from kdpipe.stages.models.prompt import fill, refuse_special
 from kdpipe.stages.textualize.table import read_descriptions
@@ -103,9 +103,9 @@ def _textual(work: Work, wants: Sequence[Wanted]) -> None:
     assert folder is not None
     encoder = Encoder(folder)
 
-    def build(wants: Sequence[Wanted]) -> list[Job]:
+    def build(wants: Sequence[Wanted]) -> Built:
         said = read_descriptions(work.traces, {want.id for want in wants})
-        return _build_all(work, wants, lambda want: read_job(work, encoder, want, said[want.id]))
+        return _build_all(wants, lambda want: read_job(work, encoder, want, said[want.id]))
 
     task = Task("textual", wants, "response", build)
     if asks.engine == "vllm":
@@ -120,20 +120,20 @@ def _acoustic(work: Work, heard: Sequence[Wanted], answered: Sequence[Wanted]) -
     assert folder is not None
     encoder = Encoder(folder)
 
-    def build_heard(wants: Sequence[Wanted]) -> list[Job]:
+    def build_heard(wants: Sequence[Wanted]) -> Built:
         by_key: dict[str, list[Wanted]] = {}
         for want in _link_known(work, wants):
             by_key.setdefault(want.key, []).append(want)
-        return _build_all(work, list(by_key.values()), lambda wants: hear_job(work, encoder, wants))
+        return _build_all(list(by_key.values()), lambda wants: hear_job(work, encoder, wants))
 
-    def build_answered(wants: Sequence[Wanted]) -> list[Job]:
-        return _build_all(work, wants, lambda want: answer_job(work, encoder, want))
+    def build_answered(wants: Sequence[Wanted]) -> Built:
+        return _build_all(wants, lambda want: answer_job(work, encoder, want))
 
     def features(job: Job) -> Example:
         return with_features(work, encoder, job)
 
     with Teacher(work.ctx, work.ledger, work.needs, folder, encoder, work.places) as teacher:
-        teacher.write(Task("acoustic", heard, "audio", build_heard, features))
+        teacher.write(Task("acoustic", heard, "audio", build_heard, features, ahead=False))
         teacher.write(Task("acoustic_top", answered, "response", build_answered, features))
 
 
@@ -184,8 +184,8 @@ def _heard(work: Work, encoder: Encoder, wants: Sequence[Wanted], example: Examp
     return Job(tuple(wants), samples, example, _kept_too(work, wants), tower)
 
 
-def _build_all(work: Work, items: Sequence[Any], build: Callable[[Any], Job]) -> list[Job]:
-    """Builds the jobs in threads; what cannot be built is recorded as rejected."""
+def _build_all(items: Sequence[Any], build: Callable[[Any], Job]) -> Built:
+    """Builds the jobs in threads; what cannot be built is rejected."""
 
     def attempt(item: Any) -> Job | list[Reject]:
         try:
@@ -202,9 +202,7 @@ def _build_all(work: Work, items: Sequence[Any], build: Callable[[Any], Job]) ->
             jobs.append(replace(made, cover=covers.setdefault(repr(made.cover), made.cover)))
         else:
             rejects += made
-    if rejects:
-        work.ledger.commit(rejects=rejects, soon=True)
-    return jobs
+    return Built(jobs, rejects)
 
 
 def _with_targets(work: Work, sample: Sample, prompt_ids: Sequence[int]) -> Example:

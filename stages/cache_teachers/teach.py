@@ -14,13 +14,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_files import Reject
 from kdpipe.data.store.distributions import narrowed
 from kdpipe.data.store.format import TOP, is_low_rank, under
 from kdpipe.data.stream import prefetch
@@ -40,6 +41,13 @@ from kdpipe.stages.models.parallel import open_teacher
 from kdpipe.stages.progress import progress
 
 
+class Built(NamedTuple):
+    """Jobs, and what was rejected."""
+
+    jobs: list[Job]
+    rejects: list[Reject]
+
+
 @dataclass(frozen=True)
 class Task:
     """What a teacher is to make.
@@ -48,15 +56,24 @@ class Task:
         source: `textual`, `acoustic` or `acoustic_top`.
         wants: the samples.
         over: which positions it is about.
-        build: makes the jobs of some wants; records rejections and what is there already.
+        build: makes the jobs of some wants, and says which cannot be made; records what is there already.
         features: adds the clips' features to a job's example, in threads ahead; None for text.
+        ahead: a window may be built while the one before it is made: it does not matter what is there already.
     """
 
     source: str
     wants: Sequence[Wanted]
     over: Literal["response", "audio"]
-    build: Callable[[Sequence[Wanted]], list[Job]]
+    build: Callable[[Sequence[Wanted]], Built]
     features: Callable[[Job], Example] | None = None
+    ahead: bool = True
+
+    def windows(
+        self, places: Mapping[str, int], part_samples: int
+    ) -> Generator[tuple[Sequence[Wanted], Built], None, None]:
+        """Its windows, and what is built of each."""
+        cut = windows(self.wants, places, part_samples)
+        return prefetch(cut, lambda window: (window, self.build(window)), depth=2, threads=int(self.ahead))
 
 
 class Teacher:
@@ -117,9 +134,11 @@ class Teacher:
         with (
             progress(len(task.wants), f"{task.source} teacher", "sample") as bar,
             Recorder(self._ctx, self._ledger, task.source) as recorder,
+            closing(task.windows(self._places, self._config.part_samples)) as ready,
         ):
-            for window in windows(task.wants, self._places, self._config.part_samples):
-                jobs = task.build(window)
+            for window, (jobs, rejects) in ready:
+                if rejects:
+                    self._ledger.commit(rejects=rejects, soon=True)
                 bar.update(len(window) - sum(len(job.wants) for job in jobs))
                 seconds = 0.0
                 for part in parts(jobs, self._config.part_samples):
@@ -127,7 +146,9 @@ class Teacher:
                     before = time.perf_counter()
                     self._write_part(task, part, shape, recorder, bar)
                     seconds += time.perf_counter() - before
+                before = time.perf_counter()
                 recorder.wait()
+                seconds += time.perf_counter() - before
                 _note(self._ctx, self._folder, task.source, jobs, seconds)
 
     def _write_part(self, task: Task, jobs: Sequence[Job], shape: Shape, recorder: Recorder, bar: tqdm) -> None:
@@ -164,7 +185,7 @@ class Teacher:
         missing = [layer for layer in layers if layer not in self._bases]
         if missing:
             chosen = task.wants[:: max(1, len(task.wants) // SAMPLES)][:SAMPLES]
-            jobs = sorted(task.build(chosen), key=_place)
+            jobs = sorted(task.build(chosen).jobs, key=_place)
             seen = (batch for _, batch in self._batches(task, jobs))
             self._bases |= fit_bases(self.loaded, seen, missing, task.over, self._config.rank, self._ctx.say)
 
@@ -205,8 +226,9 @@ def write_served(
         bar = stack.enter_context(progress(len(task.wants), f"{task.source} teacher (vLLM)", "sample"))
         recorder = stack.enter_context(Recorder(ctx, ledger, task.source))
         served: ServedTeacher | None = None
-        for window in windows(task.wants, places, config.part_samples):
-            jobs = task.build(window)
+        for window, (jobs, rejects) in stack.enter_context(closing(task.windows(places, config.part_samples))):
+            if rejects:
+                ledger.commit(rejects=rejects, soon=True)
             bar.update(len(window) - len(jobs))
             before = time.perf_counter()
             for part in parts(jobs, config.part_samples):

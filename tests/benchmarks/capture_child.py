@@ -17,6 +17,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -55,21 +56,29 @@ class Taken(NamedTuple):
     @staticmethod
     def by(work: Callable[[], Any]) -> Taken:
         gc.collect()
+        _settle()
         wall, cpu = time.perf_counter(), time.process_time()
         work()
+        _settle()
         return Taken(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _settle() -> None:
+    """Waits for the GPU, where one is at work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class Bench:
     """One case: a loaded teacher, and a run whose targets are made."""
 
-    def __init__(self, folder: Path, case: dict[str, Any], batch_tokens: int, part_samples: int):
-        sizes = {"batch_tokens": batch_tokens, "part_samples": part_samples}
+    def __init__(self, folder: Path, case: dict[str, Any], batch_tokens: int, part_samples: int, device: str):
+        sizes = {"batch_tokens": batch_tokens, "part_samples": part_samples, "device": device}
         self.config = capture_world.configuration(folder / "models", **case, **sizes)
         self.base = folder / "base"
         self.needs = requirements(Context(self.config, self.base))
         assert self.needs.textual is not None
-        self.loaded = load_model(self.needs.textual, device="cpu")
+        self.loaded = load_model(self.needs.textual, device=device)
         self.jobs: list[Any] = []
         self.batches: list[Any] = []
         self.tokens = 0
@@ -81,12 +90,12 @@ class Bench:
         def write(teacher: teach.Teacher, task: teach.Task) -> None:
             nonlocal taken
             if dry:
-                self.jobs = task.build(task.wants)
+                self.jobs = task.build(task.wants).jobs
                 self.tokens = sum(job.example.length for job in self.jobs)
                 return
             assert teacher.loaded is self.loaded
             if clock is not None:
-                task = teach.Task(task.source, task.wants, task.over, clock.timed("build jobs", task.build))
+                task = replace(task, build=clock.timed("build jobs", task.build))
             os.sync()
             taken = Taken.by(lambda: (original(teacher, task), work.ledger.flush()))
 
@@ -115,6 +124,7 @@ class Bench:
         self.stage(dry=True)
         with patch.object(Scribe, "__call__", kept):
             self.stage()
+        self.batches = [batch.to(self.loaded.device) for batch in self.batches]
 
     def bare(self) -> Taken:
         """Forward passes with the output head at all positions."""
@@ -132,7 +142,7 @@ class Bench:
 
         @torch.inference_mode()
         def work() -> None:
-            out = torch.empty(chunk, len(head), dtype=head.dtype)
+            out = torch.empty(chunk, len(head), dtype=head.dtype, device=head.device)
             for batch in self.batches:
                 with self.loaded.capture(lens, batch.response_rows) as states:
                     last = self.loaded.hidden(batch).flatten(0, 1)[batch.response_rows]
@@ -187,11 +197,19 @@ class Clock:
 
 
 def speed(
-    folder: str, case: str, samples: int, batch_tokens: int, part_samples: int, repeats: int, vllm: int, threads: int
+    folder: str,
+    case: str,
+    samples: int,
+    batch_tokens: int,
+    part_samples: int,
+    repeats: int,
+    vllm: int,
+    threads: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Rounds of the contenders; with `vllm`, also of vLLM on so many of the samples, beside the stage on all."""
     torch.set_num_threads(threads)
-    bench = Bench(Path(folder), CASES[case], batch_tokens, part_samples)
+    bench = Bench(Path(folder), CASES[case], batch_tokens, part_samples, device)
     bench.watch()
     assert len(bench.jobs) == samples
     contenders = {"stage": bench.stage, "bare": bench.bare, "limit": bench.limit}

@@ -29,7 +29,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from kdpipe.stages.train.losses.spec import HeadSpec, accumulator, operand_dtype, product
+from kdpipe.stages.train.losses.spec import (
+    HeadSpec,
+    accumulator,
+    add_product,
+    operand_dtype,
+    product,
+    write_product,
+)
 
 # A tile of 8 MiB stays in the last-level cache of a CPU; a GPU wants few, large kernels.
 TILE_BYTES_CPU = 8 * 2**20
@@ -227,9 +234,9 @@ class _TiledHead(torch.autograd.Function):
                 if grad_bias_V is not None:
                     grad_bias_V[span] = grad_NC.sum(0, dtype=wide)
                 if grad_hidden_NH is not None:
-                    grad_hidden_NH += product(grad_NC, weight_CH)
+                    add_product(grad_hidden_NH, grad_NC, weight_CH)
                 if grad_weight_VH is not None:
-                    grad_weight_VH[span] = product(grad_NC.T, operand_NH)
+                    write_product(grad_weight_VH[span], grad_NC.T, operand_NH)
         if grad_hidden_NH is not None:
             grad_hidden_NH = grad_hidden_NH.to(hidden_NH.dtype)
         return grad_hidden_NH, grad_weight_VH, grad_bias_V, None, None, None, None

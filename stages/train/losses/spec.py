@@ -81,6 +81,28 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b) if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in place, for a total with the dtype of `product`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def write_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out[:] = a @ b, summed up in the dtype of `product` and rounded once."""
+    if a.dtype != out.dtype:
+        out.copy_(product(a, b))
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False  # parts of a sum would be rounded to bfloat16
+    try:
+        torch.mm(a, b, out=out)
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def operand_dtype(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> torch.dtype:
     """bfloat16 where the device multiplies it with a float32 result, else the accumulator's dtype."""
     native = hidden_NH.is_cuda and hidden_NH.dtype == weight_VH.dtype == torch.bfloat16

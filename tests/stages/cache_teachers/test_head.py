@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.cache_teachers import head
 from kdpipe.stages.cache_teachers.blocks import block_bounds
-from kdpipe.stages.cache_teachers.head import distribution
+from kdpipe.stages.cache_teachers.head import distribution, refuse_nonfinite
 from kdpipe.stages.models.vocabulary import Alignment
 
 TEMPERATURES = [0.5, 1.0, 2.0]
@@ -110,10 +110,11 @@ def test_no_tensor_of_all_positions_over_the_vocabulary(monkeypatch):
 
 def test_a_nan_is_an_error():
     hidden = torch.full((1, 4), torch.nan)
+    asked = {"k": 1, "temperatures": [1.0], "bounds": (0, 9), "alignment": Alignment(9, ()), "chunk": 1}
+    made = distribution(hidden, torch.ones(9, 4), draws=2, uniforms=torch.zeros(1, 1), **asked)
+    assert -1 <= int(made["draws"].min()) <= int(made["draws"].max()) < 9
     with pytest.raises(KdpipeError, match="NaN or infinity"):
-        distribution(
-            hidden, torch.ones(9, 4), k=1, temperatures=[1.0], bounds=(0, 9), alignment=Alignment(9, ()), chunk=1
-        )
+        refuse_nonfinite(made["log_z"].numpy())
 
 
 def test_no_positions():
