@@ -33,6 +33,7 @@ from kdpipe.stages.train.losses.spec import (
     HeadSpec,
     accumulator,
     add_product,
+    constant,
     operand_dtype,
     product,
     write_product,
@@ -99,7 +100,7 @@ class TorchBetween:
         self._order = torch.argsort(flat, stable=True)
         self._ids = flat[self._order]
         self._width = max(ids_NS.shape[1], 1)
-        edges = torch.tensor([tile.start for tile in tiles] + [tiles[-1].stop], device=flat.device)
+        edges = constant([tile.start for tile in tiles] + [tiles[-1].stop], flat.device)
         self._edges: list[int] = torch.searchsorted(self._ids, edges).tolist()
 
     def _picks(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -216,7 +217,7 @@ class _TiledHead(torch.autograd.Function):
         spec: HeadSpec = ctx.spec
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide, operand = largest_N.dtype, operand_dtype(hidden_NH, weight_VH)
-        temperature_T = torch.tensor(spec.temperatures, dtype=torch.float64, device=hidden_NH.device)
+        temperature_T = constant(spec.temperatures, hidden_NH.device, torch.float64)
         exists_NTB = lse_NTB > -torch.inf
         relative_NTB = torch.where(exists_NTB, lse_NTB - (largest_N.double()[:, None] / temperature_T)[..., None], 0.0)
         scale_NTB = torch.where(exists_NTB, grad_lse_NTB / temperature_T[:, None], 0.0)

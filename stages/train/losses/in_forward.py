@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kdpipe.stages.train.losses.spec import HeadSpec, accumulator, operand_dtype, product
+from kdpipe.stages.train.losses.spec import HeadSpec, accumulator, constant, operand_dtype, product
 
 # All gradients of the weight are touched once a tile, so tiles of few rows are dear.
 TILE_BYTES_CPU = 128 * 2**20
@@ -73,7 +73,7 @@ class _Tile:
             stripe = slice(start, min(start + self._stripe, rows))
             self._stripe_softmax(stripe, columns_RS[stripe], picked_RS[stripe], largest_RB[stripe], sums_RTB[stripe])
         picked_RS = torch.where(inside_RS, picked_RS, torch.where(ids_RS < 0, 0.0, -torch.inf))
-        temperature_T1 = torch.tensor(spec.temperatures, dtype=torch.float64, device=hidden_RH.device)[:, None]
+        temperature_T1 = constant(spec.temperatures, hidden_RH.device, torch.float64)[:, None]
         self._shift_RTB = largest_RB.double()[:, None] / temperature_T1
         return sums_RTB.log_() + self._shift_RTB, picked_RS
 
@@ -123,7 +123,7 @@ class _Tile:
     def gradient(self, lse_RTB: torch.Tensor, grad_lse_RTB: torch.Tensor, grad_picked_RS: torch.Tensor) -> torch.Tensor:
         """dL/du [R, V] for the product u = W h, from the derivatives of the loss; valid until the next tile."""
         rows, spec = len(lse_RTB), self._spec
-        temperature_T1 = torch.tensor(spec.temperatures, dtype=torch.float64, device=lse_RTB.device)[:, None]
+        temperature_T1 = constant(spec.temperatures, lse_RTB.device, torch.float64)[:, None]
         factor_RTB = grad_lse_RTB.double() / temperature_T1 * (self._shift_RTB - lse_RTB).exp()
         factor_RTB = torch.where(lse_RTB > -torch.inf, factor_RTB, 0.0).to(self._wide)
         for start in range(0, rows, self._stripe):

@@ -47,7 +47,7 @@ class HeadSpec:
         low, high = bisect_left(self.masked, start), bisect_left(self.masked, stop)
         if low == high:
             return None
-        return torch.tensor([token - start for token in self.masked[low:high]], device=device)
+        return constant([token - start for token in self.masked[low:high]], device)
 
 
 class HeadSettings(TypedDict, total=False):
@@ -73,6 +73,11 @@ class HeadSettings(TypedDict, total=False):
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`torch.tensor` without waiting for what a GPU still does."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -133,7 +138,7 @@ def head_spec(
     if ids_NS.ndim != 2 or len(ids_NS) != len(hidden_NH) or ids_NS.dtype != torch.int64:
         raise KdpipeError(f"ids {tuple(ids_NS.shape)} {ids_NS.dtype} are not int64 [{len(hidden_NH)}, S].")
     if ids_NS.numel():
-        low, high = (int(edge) for edge in torch.aminmax(ids_NS))
+        low, high = torch.stack(torch.aminmax(ids_NS)).tolist()
         if not (low >= -1 and high < rows):
             raise KdpipeError(
                 f"ids lie in {low}..{high}, the output head has rows 0..{rows - 1} (-1 stands for an absent id)."

@@ -23,6 +23,7 @@ from kdpipe.stages.train.losses.divergence import (
     student_outcomes,
     teacher_at_temperature,
 )
+from kdpipe.stages.train.losses.spec import constant
 
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
@@ -145,7 +146,7 @@ class Blocks:
         """From B + 1 rising bounds and the ids that are left out."""
         masked = set(masked_ids)
         live = [b - a - sum(a <= token < b for token in masked) for a, b in pairwise(bounds)]
-        return Blocks(torch.tensor(bounds[:-1], device=device), torch.tensor(live, device=device))
+        return Blocks(constant(bounds[:-1], device), constant(live, device))
 
 
 def check_teacher(teacher: TeacherRows, rows: int, bounds: Sequence[int], divergence: Divergence) -> None:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kdpipe.stages.train.losses.chunked import Slopes, Tile, tiled_head
-from kdpipe.stages.train.losses.spec import HeadSpec
+from kdpipe.stages.train.losses.spec import HeadSpec, constant
 
 _WIDTH = 1024
 _PICKS = 128
@@ -183,9 +183,9 @@ class TritonBetween:
         self._bias_V, self._spec = None if bias_V is None else bias_V.contiguous(), spec
         self._masked_V = torch.zeros(spec.valid if spec.masked else 1, dtype=torch.int8, device=device)
         if spec.masked:
-            self._masked_V[torch.tensor(spec.masked, device=device)] = 1
+            self._masked_V[constant(spec.masked, device)] = 1
         # float64: peak / T must be the same number here and where the losses divide a picked logit by T.
-        self._temperature_T = torch.tensor(spec.temperatures, dtype=torch.float64, device=device)
+        self._temperature_T = constant(spec.temperatures, device, torch.float64)
         self._unique: tuple[torch.Tensor, torch.Tensor] | None = None
         self._unique_of: Slopes | None = None
 
