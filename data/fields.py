@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+from kdpipe.data.hashing import digest_bytes, encode_text
+
+
+class Names:
+    """What the `Fields` of many samples have alike, and the names of what each has of its own.
+
+    Args:
+        common: what they have alike.
+        places: names of a sample's own digests, and where they stand in `Fields.own`; they go before `common`.
+    """
+
+    def __init__(self, common: Mapping[str, str], places: Mapping[str, int]):
+        self.common = common
+        self.places = places
+
+    @cached_property
+    def text(self) -> tuple[str, Sequence[int]]:
+        """The JSON text that is hashed, with `%s` for each of a sample's own digests, and where these stand."""
+        places, pieces = [], []
+        for name in sorted({*self.common, *self.places}):
+            if name in self.places:
+                places.append(self.places[name])
+                value = "%s"
+            else:
+                value = encode_text(self.common[name]).replace("%", "%%")
+            pieces.append(f"{encode_text(name).replace('%', '%%')}:{value}")
+        return f"{{{','.join(pieces)}}}", places
 
 
 class Fields(Mapping[str, str]):
-    """A mapping that takes 56 bytes beside what it shares with others, where a `dict` of twelve takes 480.
+    """A mapping that takes 48 bytes beside what it shares with others, where a `dict` of twelve takes 480.
 
-    Equal to a `dict` of the same content, in the order of `common` and then of `places`; never changed.
+    Equal to a `dict` of the same content, in the order of `Names.common` and then of `Names.places`; never changed.
 
     Args:
-        common: what many samples have alike, one mapping for all of them.
-        places: names of what is a sample's own, and where it stands in `own`; they go before `common`.
+        names: one object for many samples.
         own: what one sample has, one sequence for all of its sources.
     """
 
-    __slots__ = ("_common", "_own", "_places")
+    __slots__ = ("_names", "_own")
 
-    def __init__(self, common: Mapping[str, str], places: Mapping[str, int], own: Sequence[str]):
-        self._common = common
-        self._places = places
+    def __init__(self, names: Names, own: Sequence[str]):
+        self._names = names
         self._own = own
 
     def __getitem__(self, name: str) -> str:
-        place = self._places.get(name)
-        return self._common[name] if place is None else self._own[place]
+        place = self._names.places.get(name)
+        return self._names.common[name] if place is None else self._own[place]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._common
-        yield from (name for name in self._places if name not in self._common)
+        yield from self._names.common
+        yield from (name for name in self._names.places if name not in self._names.common)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -37,16 +64,24 @@ class Fields(Mapping[str, str]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
+    def digest(self) -> str:
+        """What `kdpipe.data.hashing.digest` gives for the same mapping, in a tenth of the time."""
+        text, places = self._names.text
+        return digest_bytes((text % tuple([encode_text(self._own[place]) for place in places])).encode())
+
 
 class Sharing:
     """Makes `Fields` of mappings that come one by one, as from a file: what is as in the first of them is kept once."""
 
     def __init__(self) -> None:
         self._common: dict[tuple[str, ...], Mapping[str, str]] = {}
-        self._places: dict[tuple[str, ...], Mapping[str, int]] = {}
+        self._names: dict[tuple[tuple[str, ...], tuple[str, ...]], Names] = {}
 
     def __call__(self, fields: Mapping[str, str]) -> Fields:
-        common = self._common.setdefault(tuple(fields), fields)
-        names = tuple(name for name, value in fields.items() if common[name] != value)
-        places = self._places.setdefault(names, {name: place for place, name in enumerate(names)})
-        return Fields(common, places, tuple(fields[name] for name in names))
+        all_names = tuple(fields)
+        common = self._common.setdefault(all_names, fields)
+        own = tuple([name for name, value in fields.items() if common[name] != value])
+        names = self._names.get((all_names, own))
+        if names is None:
+            names = self._names[all_names, own] = Names(common, {name: place for place, name in enumerate(own)})
+        return Fields(names, tuple([fields[name] for name in own]))

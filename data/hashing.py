@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, is_dataclass
+from json.encoder import encode_basestring_ascii as encode_text
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _atom(value: Any) -> str | None:
+    """What JSON writes for a text, whole number or None; None for anything else."""
+    if type(value) is str:
+        return encode_text(value)
+    if value is None:
+        return "null"
+    return repr(value) if type(value) is int else None
+
+
 def digest(value: Any) -> str:
     """Digest of a value made of dataclasses, mappings, sequences, strings, numbers, booleans and None.
 
@@ -47,6 +57,13 @@ def digest(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
+    # Texts and short lists of them are hashed by the million; the general way takes ten times as long.
+    if (atom := _atom(value)) is not None:
+        return atom
+    if type(value) is list or type(value) is tuple:
+        atoms = [_atom(item) for item in value]
+        if None not in atoms:
+            return f"[{','.join(atoms)}]"  # type: ignore[arg-type]
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

@@ -68,7 +68,7 @@ def train_launched(request: Request, launch: Launch) -> bool:
 
         def end() -> None:
             ctx.prints.save()
-            write_lock_file(request.context())
+            write_lock_file(request.context(), {})
 
         world.first_does(end)
         return True

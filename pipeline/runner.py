@@ -6,14 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from kdpipe.data.errors import KdpipeError, RejectBudgetError, StaleError
 from kdpipe.data.files import remove, write_atomically
-from kdpipe.data.hashing import digest
+from kdpipe.data.hashing import digest, digest_each
 from kdpipe.pipeline.check import check
 from kdpipe.pipeline.config import load_config
 from kdpipe.pipeline.cost import refuse_what_does_not_fit
@@ -83,8 +83,9 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     ran = False
     with hold([ctx.run_folder, ctx.cache_folder]) as locks:
         clean_tmp(ctx)
+        plans = make_plans(request.context(), target)
         for name in upstream(target):
-            plan = make_plans(request.context(), name)[name]
+            plan = plans[name]
             if STAGES[name].whole:
                 _check_budget(ctx, plan)
             if has_work(plan):
@@ -95,7 +96,8 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 print(_headline(status_of(plan)), flush=True)
                 _run_stage(request, name, locks)
                 ran = True
-                plan = make_plans(request.context(), name)[name]
+                plans = make_plans(request.context(), target)
+                plan = plans[name]
             _check_budget(ctx, plan)
             if has_work(plan):
                 raise KdpipeError(
@@ -104,7 +106,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 )
         if target == "evaluate" and not assembled(ctx):
             assemble(ctx)
-        write_lock_file(request.context())
+        write_lock_file(request.context(), plans)
     return ran
 
 
@@ -164,20 +166,24 @@ def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
         raise StageFailed(name, code if code > 0 else 128 - code)
 
 
-def write_lock_file(ctx: Context) -> None:
-    """Writes `kdpipe.lock`: what each stage was made from, in a form made for git diffs."""
+def write_lock_file(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
+    """Writes `kdpipe.lock`: what each stage was made from, in a form made for git diffs.
+
+    Args:
+        ctx: the run.
+        plans: of all stages, as things are on disk; where any is left out, they are made.
+    """
     import yaml
 
-    plans = make_plans(ctx)
     stages = {}
-    for name, plan in plans.items():
+    for name, plan in (plans if plans.keys() == STAGES.keys() else make_plans(ctx)).items():
         status = status_of(plan)
         rows = sorted((row.id, row.source, row.key) for row in plan.ledger.rows())
         stages[name] = {
             "version": STAGES[name].version,
             "state": status.state,
             "samples": {"total": status.total, "fresh": status.fresh, "rejected": status.rejected},
-            "keys": digest(rows),
+            "keys": digest_each(rows),
         }
     document = {"format": 1, "configuration": digest(identity_of(ctx.config)), "stages": stages}
     text = "# Written by kdpipe; keep it in version control.\n" + yaml.safe_dump(document, sort_keys=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdpipe.data.errors import KdpipeError
+from kdpipe.data.fields import Fields
 from kdpipe.data.hashing import Fingerprints, digest
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.manifest import Manifest, Sample, load_manifest
@@ -40,7 +41,7 @@ class Wanted:
     @property
     def key(self) -> str:
         """Digest of the fields."""
-        return digest(self.fields)
+        return self.fields.digest() if isinstance(self.fields, Fields) else digest(self.fields)
 
 
 def covers(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
@@ -94,6 +95,11 @@ class Context:
     def ledger(self, stage: str) -> Ledger:
         """The state of a stage as it is on disk now."""
         return Ledger(self.folder(stage), self.tmp(stage))
+
+    @cached_property
+    def digests(self) -> dict[str, tuple[str, ...]]:
+        """Digests of samples, once they were asked for; see `kdpipe.stages.textualize.stage.sample_fields`."""
+        return {}
 
     @cached_property
     def prints(self) -> Fingerprints:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.data.fields import Fields
+from kdpipe.data.fields import Fields, Names
 from kdpipe.data.hashing import digest
 from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context, StagePlan, Wanted
@@ -46,7 +46,10 @@ class CacheTeachers:
             VocabularyError: the tokenizers disagree.
         """
         needs = requirements(ctx)
-        common = _common_fields(ctx, needs, self.version)
+        names = {
+            source: Names(common, _PLACES[source])
+            for source, common in _common_fields(ctx, needs, self.version).items()
+        }
         covers = _covers(needs)
         upstream = plans[UPSTREAM]
         rejected = self._rejected_targets(ctx)
@@ -56,9 +59,9 @@ class CacheTeachers:
             if pair in upstream.rejected:
                 continue
             row = upstream.ledger.get(*pair) if pair in upstream.fresh else None
-            own = (*sample_fields(ctx, sample).values(), row.content if row is not None else "")
+            own = (*sample_fields(ctx, sample), row.content if row is not None else "")
             for source in needs.sources:
-                fields = Fields(common[source], _PLACES[source], own)
+                fields = Fields(names[source], own)
                 want = Wanted(sample.id, source, fields, covers[source], None if row is not None else UPSTREAM)
                 wants.append(want)
                 if source == "targets" and row is not None and rejected.get(sample.id) == want.key:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kdpipe.data.fields import Fields, Names
 from kdpipe.data.hashing import digest
 from kdpipe.stages.base import Context, StagePlan, Wanted
 from kdpipe.stages.config import identity_of
 from kdpipe.stages.models.folder import resolve
-from kdpipe.stages.textualize.stage import sample_fields
+from kdpipe.stages.textualize.stage import SAMPLE_FIELDS, sample_fields
 
 BASE, STUDENT = "base", "student"
 """Sources of this stage's rows: answers of the student's checkpoint before training, and after."""
+
+
+_PLACES = {name: place for place, name in enumerate(SAMPLE_FIELDS)}
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,12 @@ class Evaluate:
             models[STUDENT] = (digest(sorted(want.key for want in train.wanted)), None)
         else:
             models[STUDENT] = ("", "train")
-        samples = [
-            (sample.id, common | sample_fields(ctx, sample)) for sample in ctx.samples(ctx.config.data.eval_split)
-        ]
+        samples = [(sample.id, sample_fields(ctx, sample)) for sample in ctx.samples(ctx.config.data.eval_split)]
         return [
-            Wanted(sample, source, {**fields, "model": model}, pending=pending)
+            Wanted(sample, source, Fields(names, own), pending=pending)
             for source, (model, pending) in models.items()
-            for sample, fields in samples
+            for names in [Names(common | {"model": model}, _PLACES)]
+            for sample, own in samples
         ]
 
     def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from sys import intern
 
-from kdpipe.data.fields import Fields
+from kdpipe.data.fields import Fields, Names
 from kdpipe.data.hashing import digest, digest_bytes
 from kdpipe.data.manifest import AudioRef, Sample
 from kdpipe.stages.base import Context, StagePlan, Wanted
@@ -22,18 +22,22 @@ _PLACES = {name: place for place, name in enumerate(SAMPLE_FIELDS)}
 _PLACES_GIVEN = _PLACES | {"given": len(_PLACES)}
 
 
-def sample_fields(ctx: Context, sample: Sample) -> dict[str, str]:
-    """Digests of what the manifest says of a sample and of its clips' bytes.
+def sample_fields(ctx: Context, sample: Sample) -> tuple[str, ...]:
+    """Digests of what the manifest says of a sample and of its clips' bytes, in the order of `SAMPLE_FIELDS`.
 
     A clip that cannot be read gives `missing`: the sample is then rejected, and tried again when the clip appears.
+    Found once for each sample of a context.
     """
-    return {
-        "audio": intern(digest([_audio_digest(ctx, ref) for ref in sample.audio])),
-        "span": intern(digest([sample.start, sample.end])),
-        "question": digest(sample.question),
-        "choices": intern(digest(sample.choices)),
-        "answer": intern(digest(sample.answer)),
-    }
+    found = ctx.digests.get(sample.id)
+    if found is None:
+        found = ctx.digests[sample.id] = (
+            intern(digest([_audio_digest(ctx, ref) for ref in sample.audio])),
+            intern(digest([sample.start, sample.end])),
+            digest(sample.question),
+            intern(digest(sample.choices)),
+            intern(digest(sample.answer)),
+        )
+    return found
 
 
 def _audio_digest(ctx: Context, ref: AudioRef) -> str:
@@ -80,7 +84,7 @@ class Textualize:
         seed = digest(config.seed)
 
         @cache
-        def shared(describes: bool, traces: bool) -> dict[str, str]:
+        def shared(describes: bool, traces: bool) -> Names:
             fields = common | {"limits": generated if describes or traces else decoded}
             if describes:
                 fields |= describe_fields
@@ -88,16 +92,16 @@ class Textualize:
                 fields |= trace_fields
             if (describes and config.describe.temperature > 0) or (traces and config.trace.temperature > 0):
                 fields["seed"] = seed
-            return fields
+            return Names(fields, _PLACES if describes and traces else _PLACES_GIVEN)
 
         wants = []
         for sample in samples:
             describes, traces = sample.description is None, sample.trace is None
-            own, places = tuple(sample_fields(ctx, sample).values()), _PLACES
+            own = sample_fields(ctx, sample)
             if not describes or not traces:
                 given = digest([sample.description, *((sample.trace, sample.response) if not traces else ())])
-                own, places = (*own, given), _PLACES_GIVEN
-            wants.append(Wanted(sample.id, SOURCE, Fields(shared(describes, traces), places, own)))
+                own = (*own, given)
+            wants.append(Wanted(sample.id, SOURCE, Fields(shared(describes, traces), own)))
         return wants
 
     def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache as cache_results
 
+from kdpipe.data.fields import Fields, Names
 from kdpipe.data.hashing import digest
 from kdpipe.data.manifest import Sample
 from kdpipe.stages.base import Context, StagePlan, Wanted, compare
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.config import identity_of
+from kdpipe.stages.textualize.stage import SAMPLE_FIELDS, sample_fields
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
-from kdpipe.stages.textualize.stage import sample_fields
 from kdpipe.stages.train.held_out import held_out
 from kdpipe.stages.train.terms import resolve_terms
 
 SOURCE, ADAPTER = "student", "adapter"
 """Folders of the stage: the student, and with LoRA its adapter alone."""
 _OF_SAMPLE = ("audio", "span", "question", "choices")
+AUDIO = SAMPLE_FIELDS.index("audio")
+"""Where the digest of its clips stands in what `sample_fields` gives."""
 _APART = (
     "validation_fraction",
     "weights",
@@ -69,22 +73,29 @@ class Train:
         }
         cache = plans[CACHE_TEACHERS.name]
         wants = []
+
+        @cache_results
+        def names(sources: tuple[str, ...], task: str | None) -> Names:
+            """Of samples that have these sources, of a task with weights of its own or None."""
+            weights = {} if task is None else {"weights": digest(terms.weights_of(task))}
+            places = {name: SAMPLE_FIELDS.index(name) for name in _OF_SAMPLE}
+            places |= {source: len(SAMPLE_FIELDS) + place for place, source in enumerate(sources)}
+            return Names(shared | weights, places)
+
         for sample, heard, upstream in usable(ctx, cache):
-            if held_out(heard["audio"], config.train.validation_fraction):
+            if held_out(heard[AUDIO], config.train.validation_fraction):
                 continue
-            fields = shared | {name: heard[name] for name in _OF_SAMPLE}
-            if sample.task in terms.tasks:
-                fields["weights"] = digest(terms.weights_of(sample.task))
+            task = sample.task if sample.task in terms.tasks else None
             waiting = [want for want in upstream if (want.id, want.source) not in cache.fresh]
             if waiting:
                 pending = next((want.pending for want in waiting if want.pending), CACHE_TEACHERS.name)
-                wants.append(Wanted(sample.id, SOURCE, fields, pending=pending))
+                wants.append(Wanted(sample.id, SOURCE, Fields(names((), task), heard), pending=pending))
                 continue
-            for want in upstream:
-                row = cache.ledger.get(want.id, want.source)
-                assert row is not None
-                fields[want.source] = row.content or row.key
-            wants.append(Wanted(sample.id, SOURCE, fields))
+            rows = [cache.ledger.get(want.id, want.source) for want in upstream]
+            own = (*heard, *(row.content or row.key for row in rows if row is not None))
+            assert len(own) == len(heard) + len(upstream)
+            sources = tuple(want.source for want in upstream)
+            wants.append(Wanted(sample.id, SOURCE, Fields(names(sources, task), own)))
         return wants
 
     def run(self, ctx: Context, todo: Sequence[Wanted]) -> None:
@@ -101,8 +112,9 @@ class Train:
         run(ctx, current_plans(ctx))
 
 
-def usable(ctx: Context, cache: StagePlan) -> Iterator[tuple[Sample, dict[str, str], list[Wanted]]]:
-    """Samples of the training split that nothing upstream rejected, with their digests and what is cached of them.
+def usable(ctx: Context, cache: StagePlan) -> Iterator[tuple[Sample, tuple[str, ...], list[Wanted]]]:
+    """Samples of the training split that nothing upstream rejected, their digests as `sample_fields` gives them, and
+    what is cached of them.
 
     Args:
         ctx: the run.

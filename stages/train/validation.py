@@ -24,7 +24,7 @@ from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.train.data import GlobalBatch, Reader
 from kdpipe.stages.train.held_out import NO_TASK, held_out
 from kdpipe.stages.train.objective import Objective
-from kdpipe.stages.train.stage import usable
+from kdpipe.stages.train.stage import AUDIO, usable
 from kdpipe.stages.train.weights import OVER_AUDIO, Weighting
 from kdpipe.stages.train.world import World
 
@@ -42,7 +42,7 @@ def held_out_targets(ctx: Context, plans: Mapping[str, StagePlan]) -> dict[str, 
     rows: dict[str, Row] = {}
     waiting = 0
     for sample, heard, wants in usable(ctx, cache) if fraction > 0 else ():
-        if not held_out(heard["audio"], fraction):
+        if not held_out(heard[AUDIO], fraction):
             continue
         row = cache.ledger.get(sample.id, "targets")
         if row is None or any((want.id, want.source) not in cache.fresh for want in wants):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -302,3 +304,29 @@ def test_a_clip_that_became_a_pipe_has_changed(tmp_path: Path):
     clip.unlink()
     os.mkfifo(clip)
     assert prints.changed([clip]) == [clip]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "a",
+        'q"\\\n',
+        "😀\u2028",
+        None,
+        3,
+        -7,
+        True,
+        1.5,
+        [],
+        ["a", None, 2],
+        ("a", "b"),
+        [1.0, None],
+        [True, "a"],
+        [["a"]],
+    ],
+    ids=repr,
+)
+def test_short_cuts_give_the_general_text(value):
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    assert digest(value) == hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.data import ledger_files
-from kdpipe.data.fields import Fields
+from kdpipe.data.fields import Fields, Names
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_files import (
     Reject,
@@ -44,9 +44,9 @@ def test_rows_are_read_back_in_one_order(tmp_path: Path):
 
 def test_memory_of_a_manifest_is_that_of_its_rows(tmp_path: Path):
     shared, count = {f"name{n}": digest(n) for n in range(10)}, 12_000  # three batches
-    places = {"question": 0, "content": 1}
+    names = Names(shared, {"question": 0, "content": 1})
     rows = [
-        Row(f"s{n}", "textual", digest(n), Fields(shared, places, (digest([n]), digest([n, n]))), "p", n, 10, n)
+        Row(f"s{n}", "textual", digest(n), Fields(names, (digest([n]), digest([n, n]))), "p", n, 10, n)
         for n in range(count)
     ]
     path = tmp_path / "manifest.parquet"
