@@ -188,15 +188,16 @@ def to_host(tensors: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, np.nd
     return arrived
 
 
-def batches(jobs: Sequence[Job], budget: int) -> Iterator[Sequence[Job]]:
-    """Cuts sorted jobs into batches of at most `budget` tokens, padding included; a longer one stands alone.
+def batches(jobs: Sequence[Job], budget: Callable[[], int]) -> Iterator[Sequence[Job]]:
+    """Cuts sorted jobs into batches of at most `budget()` tokens, padding included; a longer one stands alone.
 
-    Positions of the audio tower count likewise, since a short clip can cost a whole window there.
+    It is asked anew for each batch. Positions of the audio tower count likewise, since a short clip can cost a whole
+    window there.
     """
     start = longest = tower = 0
     for stop, job in enumerate(jobs):
         count = stop - start + 1
-        if stop > start and max(max(longest, job.example.length) * count, tower + job.tower) > budget:
+        if stop > start and max(max(longest, job.example.length) * count, tower + job.tower) > budget():
             yield jobs[start:stop]
             start, longest, tower = stop, 0, 0
         longest, tower = max(longest, job.example.length), tower + job.tower

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kdpipe.data.errors import KdpipeError
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.ledger_files import Reject
 from kdpipe.data.store.distributions import narrowed
@@ -35,9 +37,10 @@ from kdpipe.stages.cache_teachers.served import ServedTeacher, serve
 from kdpipe.stages.cache_teachers.shape import WINDOW_PARTS, Shape
 from kdpipe.stages.cache_teachers.targets import THREADS
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.models.inputs import Batch, Encoder, Example
+from kdpipe.stages.models.inputs import Encoder, Example
 from kdpipe.stages.models.loaded import LoadedModel
 from kdpipe.stages.models.parallel import open_teacher
+from kdpipe.stages.oom import out_of_memory
 from kdpipe.stages.progress import progress
 
 
@@ -105,6 +108,7 @@ class Teacher:
         self._places = places
         self._config = ctx.config.teachers
         self._bases: dict[int, np.ndarray] = {}
+        self._budget = ctx.config.teachers.batch_tokens
         self._stack = ExitStack()
 
     def __enter__(self) -> Teacher:
@@ -127,7 +131,7 @@ class Teacher:
         """Makes and commits the parts of a task.
 
         Raises:
-            KdpipeError: the teacher gives NaN or infinity, or an input changed meanwhile.
+            KdpipeError: the teacher gives NaN or infinity, has no memory for one sample, or an input changed meanwhile.
         """
         if not task.wants:
             return
@@ -155,19 +159,61 @@ class Teacher:
         scribe = Scribe(self.loaded, shape, task.over)
         recorder.begin(shape)
         with closing(self._batches(task, jobs)) as ready:
-            for batch_jobs, batch in ready:
-                recorder.add(batch_jobs, scribe(batch))
+            for batch_jobs, examples in ready:
+                self._capture(scribe, recorder, batch_jobs, examples)
                 bar.update(sum(len(job.wants) for job in batch_jobs))
         heard = [sample for job in jobs for sample in job.samples] if task.features else []
         recorder.commit(heard, lambda: scribe.measured)
 
-    def _batches(self, task: Task, jobs: Sequence[Job]) -> Generator[tuple[Sequence[Job], Batch], None, None]:
+    def _capture(self, scribe: Scribe, recorder: Recorder, jobs: Sequence[Job], examples: Sequence[Example]) -> None:
+        """Runs the teacher on a batch; on halves of it, and on smaller batches from then on, where it gets no memory.
+
+        Raises:
+            KdpipeError: one sample alone gets none, or the teacher is shared out to several processes.
+        """
+        batch, reason = self._encoder.collate(examples), None
+        try:
+            made = scribe(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            # The frames of the pass hold its tensors, and the error holds the frames.
+            traceback.clear_frames(error.__traceback__)
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        else:
+            recorder.add(jobs, made)
+            return
+        rows, tokens = batch.input_ids.shape[0], batch.input_ids.numel()
+        if rows == 1 or self._config.tensor_parallel_size > 1:
+            alone = (
+                "Lower teachers.head_chunk or teachers.max_length, or spread the teacher over several GPUs "
+                "(teachers.device_map, teachers.tensor_parallel_size)"
+                if rows == 1
+                else f"Lower teachers.batch_tokens below {tokens}"
+            )
+            raise KdpipeError(
+                f"{self._folder.name}: {rows} sequence{'s' * (rows > 1)} of {tokens:,} tokens together "
+                f"({', '.join(batch.ids[:3])}{', ...' * (rows > 3)}) get no memory: {reason}. {alone}. What was "
+                "committed is kept; run the command again."
+            )
+        recorder.wait()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._budget = min(self._budget, tokens // 2)
+        self._ctx.say(
+            f"cache-teachers: a batch of {rows} samples, {tokens:,} tokens, got no memory ({reason}). Goes on with "
+            f"batches of {self._budget:,} tokens; set teachers.batch_tokens: {self._budget} to begin with them."
+        )
+        for half in (slice(0, rows // 2), slice(rows // 2, rows)):
+            self._capture(scribe, recorder, jobs[half], examples[half])
+
+    def _batches(self, task: Task, jobs: Sequence[Job]) -> Generator[tuple[Sequence[Job], list[Example]], None, None]:
         ready = prefetch(
             jobs, task.features or _as_is, depth=4 * THREADS, threads=THREADS if task.features is not None else 0
         )
         with closing(ready):
-            for batch_jobs in batches(jobs, self._config.batch_tokens):
-                yield batch_jobs, self._encoder.collate([next(ready) for _ in batch_jobs])
+            for batch_jobs in batches(jobs, lambda: self._budget):
+                yield batch_jobs, [next(ready) for _ in batch_jobs]
 
     def _shape(self, task: Task, job: Job, recorder: Recorder) -> Shape:
         hidden = job.cover.get("hidden", [])
@@ -186,7 +232,7 @@ class Teacher:
         if missing:
             chosen = task.wants[:: max(1, len(task.wants) // SAMPLES)][:SAMPLES]
             jobs = sorted(task.build(chosen).jobs, key=_place)
-            seen = (batch for _, batch in self._batches(task, jobs))
+            seen = (self._encoder.collate(examples) for _, examples in self._batches(task, jobs))
             self._bases |= fit_bases(self.loaded, seen, missing, task.over, self._config.rank, self._ctx.say)
 
 

@@ -16,10 +16,9 @@ import torch
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.models.inputs import Batch
+from kdpipe.stages.oom import out_of_memory
 from kdpipe.stages.train.watchers import peak_memory
 
-_ALLOCATION = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-"""What torch says in a plain RuntimeError when the CPU's allocator, a driver or cuBLAS gets no memory."""
 _NAMED = 16
 """Samples of a micro-batch that a message describes one by one."""
 
@@ -127,13 +126,6 @@ def within_memory(batch: Batch, number: int, device: torch.device) -> Iterator[N
         # is written.
         traceback.clear_frames(error.__traceback__)
         raise DoesNotFit(_describe(batch, number, device, error)) from None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be allocated, on a GPU or for the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION)
 
 
 def _describe(batch: Batch, number: int, device: torch.device, error: BaseException) -> str:

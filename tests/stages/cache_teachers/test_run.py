@@ -19,6 +19,7 @@ from kdpipe.stages.cache_teachers.targets import make_target
 from kdpipe.stages.config import AcousticTeacherConfig, LayersConfig, WeightsConfig
 from kdpipe.stages.models import parallel
 from kdpipe.stages.models.inputs import Encoder, Example
+from kdpipe.stages.models.loaded import LoadedModel
 from kdpipe.stages.models.vocabulary import Alignment
 from kdpipe.stages.textualize.table import read_traces
 
@@ -252,6 +253,47 @@ def test_the_same_work_gives_the_same_bytes_even_after_an_interruption(begin, tm
     assert contents(first) == contents(second)
 
 
+def short_of_memory(monkeypatch, most):
+    """Forward passes over more than `most` tokens get no memory; returns the tokens of those that did."""
+    passed, real = [], LoadedModel.hidden
+
+    def hidden(self, batch):
+        if batch.input_ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        passed.append(batch.input_ids.numel())
+        return real(self, batch)
+
+    monkeypatch.setattr(LoadedModel, "hidden", hidden)
+    return passed
+
+
+def test_a_batch_that_gets_no_memory_is_halved(begin, tmp_path, monkeypatch):
+    whole, short = (begin(tmp_path / name, k=4, batch_tokens=4000) for name in ("whole", "short"))
+    whole.bring_up()
+    longest = max(row.length for row in whole.ledger.rows())
+    passed = short_of_memory(monkeypatch, 2 * longest)
+    short.bring_up()
+    (said,) = {line.split(",")[0] for line in short.said if "got no memory" in line}
+    assert said == "cache-teachers: a batch of 4 samples"
+    assert "set teachers.batch_tokens: " in "".join(short.said)
+    assert passed and max(passed) <= 2 * longest
+    for row in whole.ledger.rows():
+        (ours, at), (theirs, there) = (run.store.get(row.id, row.source) for run in (whole, short))
+        for name, array in ours.read(at).items():
+            np.testing.assert_allclose(theirs.read(there, [name])[name], array, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_that_gets_no_memory_is_named(begin, tmp_path, monkeypatch):
+    run = begin(tmp_path, k=4, batch_tokens=4000)
+    short_of_memory(monkeypatch, 1)
+    with pytest.raises(
+        KdpipeError, match=r"1 sequence of [\d,]+ tokens together \(s\d\) get no memory: CUDA .* teachers.h"
+    ):
+        run.bring_up()
+    monkeypatch.undo()
+    run.bring_up()
+
+
 def test_a_teacher_that_overflows_is_an_error_that_names_the_samples(begin, tmp_path, monkeypatch):
     run = begin(tmp_path, weights=WeightsConfig(layer=0, acoustic=0), k=4)
     real = parallel.load_model
@@ -270,7 +312,7 @@ def test_padding_and_the_window_of_the_tower_count_in_a_batch():
     def job(length, tower=0):
         return Job((), (), Example("x", [0] * length), {}, tower)
 
-    cut = list(batches([job(2), job(3), job(3), job(9), job(50)], 12))
+    cut = list(batches([job(2), job(3), job(3), job(9), job(50)], lambda: 12))
     assert [[j.example.length for j in group] for group in cut] == [[2, 3, 3], [9], [50]]
-    assert [len(group) for group in batches([job(2, 1500)] * 5, 3000)] == [2, 2, 1]
-    assert list(batches([], 10)) == []
+    assert [len(group) for group in batches([job(2, 1500)] * 5, lambda: 3000)] == [2, 2, 1]
+    assert list(batches([], lambda: 10)) == []
