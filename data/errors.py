@@ -61,3 +61,9 @@ class Rejected(Exception):
 
 class SaidElsewhere(KdpipeError):
     """An error of several processes that another of them prints."""
+
+
+def of_all(error: BaseException) -> BaseException:
+    """Marks an error that each of several processes raises, so that none of them leaves before the others."""
+    error.of_all = True  # type: ignore[attr-defined]
+    return error

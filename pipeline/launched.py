@@ -8,8 +8,10 @@ several GPUs each may have is for `kdpipe cache-teachers` to say, in a run of it
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import ExitStack
 from dataclasses import replace
+from types import FrameType
 
 from kdpipe.data.errors import KdpipeError, SaidElsewhere
 from kdpipe.pipeline.check import check
@@ -45,6 +47,7 @@ def train_launched(request: Request, launch: Launch) -> bool:
     from kdpipe.stages.train.stage import current_plans
     from kdpipe.stages.train.world import joined
 
+    signal.signal(signal.SIGTERM, _interrupt)  # until training itself takes notice of it
     with joined(launch, ctx.config.train.device) as world, ExitStack() as stack:
         if not world.is_first:
             ctx = replace(ctx, say=lambda line: None)
@@ -72,6 +75,10 @@ def train_launched(request: Request, launch: Launch) -> bool:
 
         world.first_does(end)
         return True
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def refuse_launched(command: str, launch: Launch) -> None:

@@ -12,6 +12,7 @@ renamed, so one of that name is always complete.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +41,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 _FORMAT = 2
 _STATE = "state.json"
-_ANY = "step-[0-9][0-9][0-9][0-9][0-9][0-9]*"
+_NAME = re.compile("step-[0-9]{6,}")
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,15 @@ class Checkpoints:
         """
         self.wait()
         built = named(self._tmp, step)
-        if self._world.is_first:
-            make_folder(self._tmp)
-            remove(built)
+
+        def make_room() -> None:
+            try:
+                make_folder(self._tmp)
+                remove(built)
+            except OSError as error:
+                raise KdpipeError(self._not_written(error)) from None
+
+        self._world.first_does(make_room)
         tensors = optimizer.tensors()
         written = dcp.async_save(
             dict(tensors),
@@ -143,17 +150,20 @@ class Checkpoints:
         try:
             pending.result()
         except (Exception, CheckpointException) as error:
-            problem = (
-                f"train: a checkpoint could not be written ({_reason(error)}). Those before are whole: make room, or "
-                "mend what is said here, and run the same command again to go on from the last."
-            )
+            problem = self._not_written(error)
         self._world.refuse_together(problem)
+
+    def _not_written(self, error: BaseException) -> str:
+        return (
+            f"train: a checkpoint could not be written to {self._folder} ({_reason(error)}). Those before are whole: "
+            "make room, or mend what is said here, and run the same command again to go on from the last."
+        )
 
     def _finish(self, built: Path, state: Mapping[str, Any], kept: set[int | None]) -> None:
         sizes = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
         write_json(built / _STATE, {**state, "files": sizes}, self._tmp)
         move_into_place(built, self._folder / built.name)
-        for old in sorted(self._folder.glob(_ANY), key=_step)[: -self._keep]:
+        for old in _all_in(self._folder)[: -self._keep]:
             if _step(old) not in kept:
                 remove(old)
 
@@ -171,7 +181,7 @@ def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -
         StoreError: a checkpoint cannot be read.
     """
     last = None
-    for path in sorted(folder.glob(_ANY), key=_step):
+    for path in _all_in(folder):
         try:
             state = json.loads((path / _STATE).read_text(encoding="utf-8"))
             why = "another release" if state["format"] != _FORMAT else ""
@@ -202,6 +212,17 @@ def read(path: Path) -> Checkpoint:
         raise _damaged(path, error) from None
 
 
+def check(path: Path) -> Checkpoint:
+    """What a checkpoint says of itself, once its files are there in full.
+
+    Raises:
+        StoreError: it is gone or damaged.
+    """
+    found = read(path)
+    with _reading(found):
+        return found
+
+
 def named(folder: Path, step: int) -> Path:
     """Where the checkpoint after so many steps lies."""
     return folder / f"step-{step:06d}"
@@ -217,8 +238,9 @@ def load(checkpoint: Checkpoint, optimizer: Optimizer, world: World) -> None:
 
     Raises:
         StoreError: a file is damaged or does not fit the model.
+        KdpipeError: another rank is gone.
     """
-    with _reading(checkpoint):
+    with _reading(checkpoint), world.others_there():
         reader = HuggingFaceStorageReader(str(checkpoint.folder))
         wanted = optimizer.prepare(reader.read_metadata().state_dict_metadata)
         dcp.load(wanted, storage_reader=reader, no_dist=world.size == 1)
@@ -272,6 +294,12 @@ def _after(written: Future[Any], finish: Callable[[], None]) -> None:
     finish()
 
 
+def _all_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the last one last."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_step)
+
+
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -285,7 +313,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _damaged(path: Path, error: BaseException) -> StoreError:
+    later = [one.name for one in _all_in(path.parent) if _step(one) > _step(path)]
+    those = f"this folder and the later ones ({', '.join(later)})" if later else "this folder"
     return StoreError(
-        f"{path}: the checkpoint cannot be read ({_reason(error)}). Remove this folder: training goes on from the one "
+        f"{path}: the checkpoint cannot be read ({_reason(error)}). Remove {those}: training goes on from the one "
         "before, or from the start."
     )

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kdpipe.data.errors import KdpipeError, SaidElsewhere
+from kdpipe.data.errors import KdpipeError, SaidElsewhere, StoreError, of_all
 from kdpipe.data.stream import Stream, StreamState, prefetch
 from kdpipe.stages.config import TrainConfig, identity_of
 from kdpipe.stages.progress import progress
@@ -118,6 +118,7 @@ def train(
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
     done = saved = _resume(place, optimizer, stream, world)
+    passed = [line for line in read_metrics(place.metrics) if line["step"] <= done]
     before: StreamState | None = None
 
     with ExitStack() as stack:
@@ -136,15 +137,30 @@ def train(
             if world.is_first
             else nullcontext(Watchers([]))
         )
-        if validation is not None and world.is_first:
-            validation.recall(read_metrics(place.metrics))
         stopped = stack.enter_context(_stop_signals())
         bar = stack.enter_context(progress(total_steps, "train", "step", done, shown=world.is_first))
         items = islice(stream, total_steps - done)
         batches = stack.enter_context(closing(prefetch(items, reader.load, depth=_AHEAD, threads=_THREADS)))
-        passed = [line for line in read_metrics(place.metrics) if line["step"] <= done]
+        if validation is not None:
+            validation.recall(passed)
+            if config.export == "best" and validation.best_step is not None:
+                best_one = checkpoint.named(place.checkpoints, validation.best_step)
+                world.first_does(lambda: checkpoint.check(best_one))
         skips = Skips(config.skip_nonfinite, passed, place.say)
         meter = _Meter()
+        problem = ""
+
+        def append(line: dict[str, Any]) -> None:
+            # Rank 0 alone has anything to write. The others learn of it at the end of the step.
+            nonlocal problem
+            try:
+                metrics.append(line)
+            except OSError as error:
+                problem = (
+                    f"train: {place.metrics} cannot be written ({error.strerror or error}). Make room on that disk, or "
+                    "move the run folder, and run the same command again to go on from the last checkpoint."
+                )
+
         for number in range(done, total_steps):
             with meter.waiting():
                 batch = next(batches)
@@ -160,34 +176,38 @@ def train(
                     if before is not None and number > saved:
                         save(number, before)
                     if world.is_first:
-                        raise
-                    raise SaidElsewhere(str(failure)) from None
+                        raise of_all(failure) from None
+                    raise of_all(SaidElsewhere(str(failure))) from None
             batch.release()
             meter.tokens += 0 if step is None else step.tokens
             bar.update()
             last = number + 1 == total_steps
             if line is not None:
-                metrics.append(line)
+                append(line)
             if step is not None:
                 memory = peak_memory(objective.device)
                 bar.set_postfix_str(_bar_text(step, meter, memory), refresh=False)
                 if (number + 1) % config.log_steps == 0 or last:
-                    metrics.append(_line(number + 1, batch.after, step, meter, memory))
+                    append(_line(number + 1, batch.after, step, meter, memory))
                     meter = _Meter()
             if validation is not None and (validation.due(number + 1) or last):
                 with meter.aside():
-                    metrics.append(validation.line(number + 1))
+                    append(validation.line(number + 1))
             before = batch.after
             best = validation is not None and validation.best_step == number + 1
-            stop, best = (any(said) for said in zip(*world.exchange((stopped.is_set(), best)), strict=True))
+            said = list(zip(*world.exchange((stopped.is_set(), best, problem)), strict=True))
+            world.refuse(said[2])
+            stop, best = any(said[0]), any(said[1])
             if (number + 1) % config.checkpoint_steps == 0 or last or stop or best:
                 save(number + 1, batch.after)
                 saved = number + 1
             if stop and not last:
                 checkpoints.wait()
-                raise KeyboardInterrupt(
-                    f"train: stopped after step {number + 1} of {total_steps}; a checkpoint is written. "
-                    "Run the same command again to go on from there."
+                raise of_all(
+                    KeyboardInterrupt(
+                        f"train: stopped after step {number + 1} of {total_steps}; a checkpoint is written. "
+                        "Run the same command again to go on from there."
+                    )
                 )
 
 
@@ -248,7 +268,8 @@ def train_step(
         failure = failed
     _fail_together(world, failure, number)
     world.sum_gradients(optimizer.replicated)
-    norm, rate = optimizer.step(number)
+    with world.others_there():
+        norm, rate = optimizer.step(number)
     if not abs(norm) < float("inf"):
         ids = world.exchange([name for micro in batch.micros for name in micro.batch.ids])
         raise NotFinite(f"the gradient norm is {norm}", number, [name for own in ids for name in own])
@@ -277,7 +298,7 @@ def _added(given: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _fail_together(world: World, failure: StepFailed | None, number: int) -> None:
-    """Raises on every rank what failed on the first of those where anything did."""
+    """Raises on every rank what failed on the first of those where anything did, with the samples of all."""
     if world.size == 1 and failure is not None:
         raise failure
     own: Any = None
@@ -286,7 +307,9 @@ def _fail_together(world: World, failure: StepFailed | None, number: int) -> Non
     found = [one for one in world.exchange(own) if one is not None]
     if found:
         what, ids = found[0]
-        raise DoesNotFit(what) if ids is None else NotFinite(what, number, ids)
+        if ids is None:
+            raise DoesNotFit(what)
+        raise NotFinite(what, number, [sample for _, those in found for sample in those or ()])
 
 
 def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) -> int:
@@ -297,7 +320,12 @@ def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) ->
     found = find()
     if found is None:
         return 0
-    checkpoint.load(found, optimizer, world)
+    problem = ""
+    try:
+        checkpoint.load(found, optimizer, world)
+    except StoreError as error:
+        problem = str(error)
+    world.refuse_together(problem)
     stream.resume(StreamState(**found.stream))
     place.say(f"train: goes on after step {found.step}")
     return found.step

@@ -6,8 +6,10 @@ import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kdpipe.data.errors import ConfigError, KdpipeError
@@ -152,7 +154,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
         if is_sharded:
             student, adapter = _student(ctx, base, torch.device("cpu"))
         if is_sharded or step != total:
-            checkpoint.restore(student.model, checkpoint.read(checkpoint.named(place.checkpoints, step)))
+            checkpoint.restore(student.model, checkpoint.check(checkpoint.named(place.checkpoints, step)))
         made = Made(
             base=base,
             textual=needs.textual,
@@ -170,7 +172,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
             lora=None if adapter is None else describe(adapter.config, adapter.layers),
         )
         own = ctx.ledger(STAGE.name)
-        with build_aside(place.tmp) as built, build_aside(place.tmp) as beside:
+        with _writing(place.folder), build_aside(place.tmp) as built, build_aside(place.tmp) as beside:
             if adapter is not None:
                 adapter.write(beside)
                 adapter.merge()
@@ -232,6 +234,18 @@ def _filler(reader: Reader, targets: Mapping[str, Row]) -> MicroBatch:
     """The shortest sample, for a rank that has no other."""
     shortest = min(targets, key=lambda sample: (targets[sample].length, sample))
     return reader.load((NOWHERE, [shortest])).micros[0]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Says of safetensors' own error, which is no OSError, what and where."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise KdpipeError(
+            f"train: the student could not be written to {folder} ({error}). The last checkpoint is whole: make room, "
+            "and run the same command again."
+        ) from None
 
 
 @contextmanager

@@ -163,7 +163,7 @@ class Validation:
 
     @property
     def best_step(self) -> int | None:
-        """Step after which the loss was lowest, of those known here; rank 0 knows all of the run."""
+        """Step after which the loss was lowest."""
         return None if self._best is None else self._best[1]
 
     def line(self, step: int) -> dict[str, Any]:
@@ -211,11 +211,12 @@ class Validation:
             for number in range(-(-len(self._groups) // self._world.size)):
                 batch = next(batches) if number < len(groups) else None
                 micros = () if batch is None else batch.micros
-                if self._objective.is_sharded:
-                    self._objective.idle(max(self._world.exchange(len(micros))) - len(micros))
-                if batch is not None:
-                    own[groups[number][0]].add(self._sums(batch))
-                    batch.release()
+                with self._world.others_there():
+                    if self._objective.is_sharded:
+                        self._objective.idle(max(self._world.exchange(len(micros))) - len(micros))
+                    if batch is not None:
+                        own[groups[number][0]].add(self._sums(batch))
+                        batch.release()
         tallies: dict[str, _Tally] = {task: _Tally() for task, _ in self._groups}
         for said in self._world.exchange([[task, tally.as_list()] for task, tally in own.items()]):
             for task, values in said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
-from kdpipe.data.errors import KdpipeError, SaidElsewhere
+from kdpipe.data.errors import KdpipeError, SaidElsewhere, of_all
 from kdpipe.stages.models.loaded import pick_device
 from kdpipe.stages.train.launch import Launch
 
@@ -23,6 +25,11 @@ BUCKET_BYTES = 64 << 20
 _TIMEOUT = timedelta(minutes=30)
 _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Broken pipe")
 """What torch says in a plain RuntimeError when another process is gone."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether torch says that another process is gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,17 @@ class World:
         Raises:
             KdpipeError: the problem of the first rank that has one.
         """
-        found = [text for text in self.exchange(problem) if text]
+        self.refuse(self.exchange(problem))
+
+    def refuse(self, problems: Sequence[str]) -> None:
+        """Raises on every rank what any of all ranks has said; empty texts are no problems.
+
+        Raises:
+            KdpipeError: the problem of the first rank that has one.
+        """
+        found = [text for text in problems if text]
         if found:
-            raise (KdpipeError if self.is_first else SaidElsewhere)(found[0])
+            raise of_all((KdpipeError if self.is_first else SaidElsewhere)(found[0]))
 
     def first_does(self, work: Callable[[], object]) -> None:
         """Has rank 0 do something that the others wait for.
@@ -89,6 +104,12 @@ class World:
             except (KdpipeError, OSError) as error:
                 problem = str(error)
         self.refuse_together(problem)
+
+    def part(self) -> None:
+        """Waits until every rank is here. A launcher ends the others once one has left, whatever they are about; and
+        torch's threads may abort who leaves while others still talk."""
+        with suppress(KdpipeError, RuntimeError):
+            self.exchange(None)
 
     @torch.no_grad()
     def sum_gradients(self, weights: Sequence[torch.Tensor]) -> None:
@@ -129,13 +150,13 @@ class World:
         """
         try:
             yield
-        except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)):
+        except (RuntimeError, CheckpointException) as error:
+            if not is_lost(error):
                 raise
             raise KdpipeError(
-                f"rank {self.rank} of {self.size}: another process ended or does not answer "
-                f"({str(error).splitlines()[0]}). What it said tells why; start all of them again, and training goes "
-                "on from the last checkpoint."
+                f"rank {self.rank} of {self.size}: another process ended or does not answer ({_plainly(error)}). What "
+                "it said tells why, or the launcher's report if it was killed; start all of them again, and training "
+                "goes on from the last checkpoint."
             ) from None
 
 
@@ -176,10 +197,19 @@ def joined(launch: Launch, device: str) -> Iterator[World]:
             f"rank {launch.rank} of {launch.size}: the processes did not meet at {launch.address}:{launch.port} "
             f"({error})"
         ) from None
+    world = World(launch.rank, launch.size, place)
     try:
-        yield World(launch.rank, launch.size, place)
-        # Whoever leaves while others still talk may be aborted by torch's threads at the very end.
-        with suppress(RuntimeError):
-            dist.barrier()
+        yield world
+        world.part()
+    except BaseException as error:
+        if getattr(error, "of_all", False):
+            world.part()
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _plainly(error: BaseException) -> str:
+    """What torch says, without its source files, advice and emoji."""
+    first = re.sub(r"^\[[^\]]*\]\s*", "", (str(error).splitlines() or [""])[0])
+    return re.split(r"\. |: +\.|\s+Check the logs", first)[0][:200]

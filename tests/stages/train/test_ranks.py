@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.config import LoraConfig
 from kdpipe.stages.train.launch import Launch, find_launch
 
-from .conftest import Run
+from .conftest import Run, story
 
 ALL = "all + acoustic + SFT"
 KDPIPE = Path(sys.executable).with_name("kdpipe")
@@ -36,14 +38,18 @@ def plain(value: Any) -> Any:
     return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def start(run: Run, ranks: int, *words: str) -> subprocess.Popen[str]:
-    """torchrun with `kdpipe train` on the run's configuration."""
+def start(run: Run, ranks: int, *words: str, first: str = "") -> subprocess.Popen[str]:
+    """torchrun with `kdpipe train` on the run's configuration; `first` is what each process executes before."""
     file = run.base / f"{Path(run.config.run.folder).name}.yaml"
     config = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, eval_split="train"))
     file.write_text(yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False))
+    program = KDPIPE
+    if first:
+        program = run.base / "patched.py"
+        program.write_text(f"import os, time\n{first}\nfrom kdpipe.pipeline.cli import main\nmain()\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen(
-        [*torchrun, str(KDPIPE), *(words or ("train",)), "-c", str(file)],
+        [*torchrun, str(program), *(words or ("train",)), "-c", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -202,3 +208,118 @@ def test_slurm_says_where_a_process_stands(nodes: str, host: str) -> None:
         found = find_launch(SLURM | more)
         assert found is not None and found.local_size == here
     assert find_launch(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": nodes}) is None
+
+
+OVERFLOW = {"learning_rate": 1e30, "epochs": 5, "checkpoint_steps": 100}
+
+
+def test_a_loss_that_is_not_finite_names_the_samples_of_all_ranks_once_rank_0_is_done(cached: Any) -> None:
+    """Its checkpoint takes long to finish; nobody leaves before, or the launcher would end rank 0."""
+    one, several = (cached(ALL).elsewhere(f"overflow-{which}", **OVERFLOW) for which in ("one", "several"))
+    with pytest.raises(KdpipeError, match="from samples") as caught:
+        one.train()
+    slow = """
+from kdpipe.stages.train import checkpoint
+move = checkpoint.move_into_place
+checkpoint.move_into_place = lambda *args: (time.sleep(3), move(*args))
+"""
+    several.config = dataclasses.replace(several.config, train=dataclasses.replace(several.config.train, fsdp=True))
+    out = finish(start(several, 2, first=slow), 1)
+    (said,) = re.findall("from samples ([^.]*)", out)
+    assert sorted(said.split(", ")) == sorted(re.findall("from samples ([^.]*)", str(caught.value))[0].split(", "))
+    ours, theirs = (sorted(p.name for p in (r.ctx.folder("train") / "checkpoints").iterdir()) for r in (several, one))
+    assert ours == theirs
+
+
+def test_a_damaged_checkpoint_and_a_full_disk_are_said_once(cached: Any) -> None:
+    run = cached(ALL).elsewhere("said-once", checkpoint_steps=1, epochs=9, max_steps=4, validation_fraction=0.2)
+    full = """
+from kdpipe.stages.train.metrics import MetricsFile
+append, count = MetricsFile.append, []
+def failing(self, line):
+    count.append(line)
+    if len(count) == 3:
+        raise OSError(28, "No space left on device")
+    append(self, line)
+MetricsFile.append = failing
+"""
+    out = finish(start(run, 2, first=full), 1)
+    assert out.count("metrics.jsonl cannot be written (No space left on device)") == 1 and "another process" not in out
+    checkpoints = run.ctx.folder("train") / "checkpoints"
+    shutil.copytree(max(checkpoints.iterdir()), checkpoints / "step-000003.bak")
+    file = next(max(p for p in checkpoints.iterdir() if p.suffix != ".bak").glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    out = finish(start(run, 2), 1)
+    assert out.count("the checkpoint cannot be read") == 1 and "another process" not in out
+    file.write_bytes(whole)
+    finish(start(run, 2))
+    other = cached(ALL).elsewhere("said-once-one", epochs=9, max_steps=4, validation_fraction=0.2)
+    for a, b in zip(curve(run), (other.train(), curve(other))[1], strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("kdpipe.stages.train.optimizer._norm", {}),
+        ("kdpipe.stages.train.objective.Objective.idle", {"validation_fraction": 0.2, "validate_steps": 2}),
+        ("kdpipe.stages.train.checkpoint.dcp.load", {}),
+    ],
+)
+def test_a_rank_that_is_killed_is_told_of_and_the_run_goes_on(cached: Any, where: str, changes: dict[str, Any]) -> None:
+    """Started by hand, as under Slurm: nobody ends the other one."""
+    name = where.rsplit(".", 1)[1]
+    settings = {"fsdp": True, "epochs": 9, "max_steps": 4, "checkpoint_steps": 1, **changes}
+    run, whole = (cached(ALL).elsewhere(f"killed-{name}-{which}", **settings) for which in ("run", "whole"))
+    if name == "load":
+        stop_after(run, start(run, 2), 2)
+    owner, _, function = where.rpartition(".")
+    kill = f"""
+import importlib, signal
+place, names = {owner!r}, []
+while True:
+    try:
+        owner = importlib.import_module(place)
+        break
+    except ImportError:
+        place, _, last = place.rpartition(".")
+        names.insert(0, last)
+for last in names:
+    owner = getattr(owner, last)
+real, calls = getattr(owner, {function!r}), []
+def killing(*args, **kwargs):
+    calls.append(args)
+    if os.environ["RANK"] == "1" and len(calls) == {1 if name == "load" else 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(owner, {function!r}, killing)
+"""
+    file, port = run.base / f"{Path(run.config.run.folder).name}.yaml", _free_port()
+    finish(start(run, 1, "status", first=kill), 1)  # writes the files
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(run.base / "patched.py"), "train", "-c", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    outs = [process.communicate(timeout=120)[0] for process in processes]
+    assert processes[1].returncode == -signal.SIGKILL, outs
+    assert processes[0].returncode == 2 and "another process ended or does not answer" in outs[0], outs[0]
+    assert "Traceback" not in outs[0] and "Remove" not in outs[0]
+    for one in (run, whole):
+        finish(start(one, 2))
+    assert story(run.metrics) == story(whole.metrics)
+    assert (run.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
+
+
+def _free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])

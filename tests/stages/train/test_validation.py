@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.config_train import ScheduleConfig, TaskWeightsConfig
 from kdpipe.stages.train import loop
 from kdpipe.stages.train.held_out import NO_TASK, held_out
@@ -217,3 +219,36 @@ def test_the_best_student_is_exported_where_that_is_asked_for(cached: Any) -> No
     assert f"the weights are those after step {step}" in (best.student / "README.md").read_text()
     best.config = dataclasses.replace(best.config, train=dataclasses.replace(best.config.train, export="last"))
     assert best.plans()["train"].todo, "another student is asked for"
+
+
+def test_a_damaged_best_checkpoint_is_noticed_before_training_goes_on(cached: Any) -> None:
+    """Its remedy works: the steps after it are taken again."""
+    settings = {"validation_fraction": FRACTION, "validate_steps": 1, "epochs": 5, "learning_rate": 3e-2}
+    settings |= {"checkpoint_steps": 1, "keep_checkpoints": 20, "export": "best"}
+    whole, broken = (cached(ALL).elsewhere(f"best-{name}", **settings) for name in ("whole", "broken"))
+    whole.train()
+    step = whole.metrics[-1]["validation"]["best_step"]
+    assert 1 < step < whole.metrics[-1]["step"] - 1, "there are others on both sides"
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr("kdpipe.stages.train.run.write_student", _no_room)
+        broken.train()
+    checkpoints = broken.ctx.folder("train") / "checkpoints"
+    later = sorted(path for path in checkpoints.iterdir() if path.name > f"step-{step:06d}")
+    file = next((checkpoints / f"step-{step:06d}").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    names = re.escape(", ".join(path.name for path in later))
+    for _ in range(2):
+        with pytest.raises(
+            KdpipeError, match=rf"step-{step:06d}: .* Remove this folder and the later ones \({names}\)"
+        ):
+            broken.train()
+    for path in (file.parent, *later):
+        shutil.rmtree(path)
+    assert story(broken.train()) == story(whole.metrics)
+    assert f"train: goes on after step {step - 1}" in broken.said
+    assert (broken.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
+
+
+def _no_room(*args: Any) -> None:
+    raise OSError(28, "no room")
