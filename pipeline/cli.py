@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +127,49 @@ def check(config_file: Path, overrides: tuple[str, ...]) -> None:
     for line in run_check(_request(config_file, overrides).context()).lines:
         click.echo(line)
     click.echo("No problems found.")
+
+
+@main.command()
+@click.option(
+    "-c",
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Look at the folders of this run too; kdpipe.yaml if it is there.",
+)
+@click.option("--vllm/--no-vllm", default=True, help="Start vLLM on a tiny model: a minute or two.  [default: vllm]")
+def doctor(config_file: Path | None, vllm: bool) -> None:
+    """Look at this machine: versions, GPU, disk, limits, vLLM.
+
+    Says what will not work, and the remedy. Ends with status 1 where there is a problem. `kdpipe check` looks at
+    configuration, manifest and models instead.
+    """
+    from kdpipe.pipeline.doctor import examine, report
+    from kdpipe.pipeline.terminal import terminal_width
+
+    if config_file is None and Path("kdpipe.yaml").is_file():
+        config_file = Path("kdpipe.yaml")
+    folders = {"temporary files": Path(tempfile.gettempdir())}
+    if config_file is not None:
+        ctx = _request(config_file, ()).context()
+        folders |= {"run folder": ctx.run_folder}
+        if ctx.cache_folder != ctx.run_folder:
+            folders |= {"cache folder": ctx.cache_folder}
+    else:
+        folders |= {"this folder": Path.cwd()}
+    findings = []
+    width = max(40, terminal_width() - 10)
+    color = {"ok": "green", "note": "yellow", "problem": "red"}
+    for one in examine(folders, vllm=vllm):
+        findings.append(one)
+        first, *more = textwrap.wrap(one.what, width, break_on_hyphens=False)
+        click.echo(f"{click.style(f'{one.verdict:<8}', fg=color[one.verdict])} {first}")
+        if one.remedy:
+            more += textwrap.wrap(f"-> {one.remedy}", width, break_on_hyphens=False)
+        for line in more:
+            click.echo(f"{'':<8} {line}")
+    click.echo(report(findings))
+    sys.exit(any(one.verdict == "problem" for one in findings))
 
 
 def _stage_command(name: str, text: str) -> None:
