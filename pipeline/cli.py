@@ -275,14 +275,29 @@ def _bring_launched(request: Request, launch: Launch, target: str, *, dry_run: b
 @main.command()
 @_with_config
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def status(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option("--why", "sample", metavar="SAMPLE", help="Where one sample stands, and every reason.")
+def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample: str | None) -> None:
     """Say what is fresh, what is stale, and why.
 
     Ends with status 0 when everything is fresh and 1 when not.
     """
-    from kdpipe.pipeline.plan import make_plans, status_of
+    from kdpipe.pipeline.plan import make_plans, status_of, why
 
-    statuses = [status_of(plan) for plan in make_plans(_request(config_file, overrides).context()).values()]
+    plans = make_plans(_request(config_file, overrides).context())
+    if sample is not None:
+        lines = why(plans, sample)
+        if as_json:
+            import json
+
+            names = ("stage", "source", "state", "reason")
+            click.echo(
+                json.dumps([dict(zip(names, line, strict=True)) for line in lines], indent=2, ensure_ascii=False)
+            )
+        else:
+            for stage, source, state, reason in [("stage", "source", "state", "why"), *lines]:
+                click.echo(f"{stage:<15}{source:<14}{state:<9} {reason}")
+        sys.exit(0 if all(line[2] in ("fresh", "rejected") for line in lines) else 1)
+    statuses = [status_of(plan) for plan in plans.values()]
     if as_json:
         import json
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.base import Context, Stage, StagePlan, Wanted, compare, covers
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.evaluate.stage import STAGE as EVALUATE
@@ -123,6 +125,91 @@ def _short(value: str) -> str:
     return value[:8] if re.fullmatch("[0-9a-f]{32}", value) else value
 
 
+@dataclass(frozen=True)
+class Cause:
+    """One reason why something is to be made.
+
+    Attributes:
+        kind: `waits` for the stage `name`; `changed` in the field `name`; `more` is asked of what is covered, by
+            `name`; `retried`: it was rejected under other inputs; `lost`: the part `name` is gone; `new`.
+        name: see there.
+        how: such as `64 -> 128`.
+    """
+
+    kind: Literal["waits", "changed", "more", "retried", "lost", "new"]
+    name: str = ""
+    how: str = ""
+
+    def __str__(self) -> str:
+        texts = {
+            "waits": f"waits for {self.name}",
+            "retried": "was rejected, and its inputs changed",
+            "lost": f"{self.name} is gone or lacks files",
+            "new": "new",
+        }
+        return texts.get(self.kind, f"{self.name} {self.how}")
+
+
+def causes_of(plan: StagePlan, want: Wanted, lost: Set[str]) -> list[Cause]:
+    """Why a want of `plan.todo` is to be made; `lost` as `Ledger.lost_parts` gives it."""
+    row = plan.ledger.get(want.id, want.source)
+    if want.pending is not None:
+        return [Cause("waits", want.pending)]
+    if row is None:
+        return [Cause("retried" if _had(plan, want) else "new")]
+    if row.part in lost:
+        return [Cause("lost", row.part)]
+    if row.key == want.key:
+        return [
+            Cause("more", name, f"{_plainly(row.cover.get(name))} -> {_plainly(value)}")
+            for name, value in want.cover.items()
+            # Without a mass, min_k is k.
+            if not (name == "min_k" and not covers(row.cover, {"k": want.cover["k"]}))
+            and not covers(row.cover, {name: value})
+        ]
+    pairs = {
+        name: (row.fields.get(name, "none"), want.fields.get(name, "none")) for name in {*row.fields, *want.fields}
+    }
+    return [
+        Cause("changed", name, f"{_short(old)} -> {_short(new)}")
+        for name, (old, new) in sorted(pairs.items())
+        if old != new
+    ]
+
+
+def why(plans: Mapping[str, StagePlan], sample: str) -> list[tuple[str, str, str, str]]:
+    """Where one sample stands in each stage.
+
+    Returns:
+        Stage, source, state (fresh, rejected, waiting, stale, missing), and the reason or the place; in the order of
+        the stages.
+
+    Raises:
+        KdpipeError: no stage knows such a sample.
+    """
+    lines = []
+    for name, plan in plans.items():
+        lost = plan.ledger.lost_parts()
+        todo = {want.source: want for want in plan.todo if want.id == sample}
+        for want in (want for want in plan.wanted if want.id == sample):
+            pair = (want.id, want.source)
+            row, reject = plan.ledger.get(*pair), plan.ledger.rejected(*pair)
+            if want.source in todo:
+                causes = causes_of(plan, want, lost)
+                state = "waiting" if want.pending else "stale" if _had(plan, want) else "missing"
+                lines.append((name, want.source, state, "; ".join(map(str, causes))))
+            elif pair in plan.rejected and reject is not None:
+                lines.append((name, want.source, "rejected", f"{reject.reason}: {reject.detail}"))
+            elif row is not None:
+                lines.append((name, want.source, "fresh", f"{row.part}, row {row.row}"))
+    if not lines:
+        known = sorted({want.id for plan in plans.values() for want in plan.wanted})
+        near = difflib.get_close_matches(sample, known, 3)
+        hint = f" Did you mean {', '.join(map(_printable, near))}?" if near else ""
+        raise KdpipeError(f"{_printable(sample)}: no stage has a sample of that id.{hint}")
+    return lines
+
+
 def _reasons(plan: StagePlan) -> list[str]:
     totals = Counter(want.source for want in plan.wanted)
     lost = plan.ledger.lost_parts()
@@ -133,24 +220,14 @@ def _reasons(plan: StagePlan) -> list[str]:
     small: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     changes: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for want in plan.todo:
-        row = plan.ledger.get(want.id, want.source)
-        if want.pending is not None:
-            waiting[want.source, want.pending].append(want.id)
-        elif row is None:
-            (other if _had(plan, want) else new)[want.source].append(want.id)
-        elif row.part in lost:
-            gone[want.source, row.part].append(want.id)
-        elif row.key == want.key:
-            for name, value in want.cover.items():
-                if name == "min_k" and not covers(row.cover, {"k": want.cover["k"]}):
-                    continue  # without a mass it is k
-                if not covers(row.cover, {name: value}):
-                    small[want.source, name][f"{_plainly(row.cover.get(name))} -> {_plainly(value)}"].append(want.id)
-        else:
-            for name in sorted({*row.fields, *want.fields}):
-                old, now = row.fields.get(name, "none"), want.fields.get(name, "none")
-                if old != now:
-                    changes[want.source, name][f"{_short(old)} -> {_short(now)}"].append(want.id)
+        for cause in causes_of(plan, want, lost):
+            place = want.source, cause.name
+            if cause.kind in ("changed", "more"):
+                (changes if cause.kind == "changed" else small)[place][cause.how].append(want.id)
+            elif cause.kind in ("waits", "lost"):
+                (waiting if cause.kind == "waits" else gone)[place].append(want.id)
+            else:
+                (new if cause.kind == "new" else other)[want.source].append(want.id)
     lines = [f"{source}: waits for {stage}: {_which(ids, totals[source])}" for (source, stage), ids in waiting.items()]
     for kind in (changes, small):
         for (source, name), by_change in sorted(kind.items()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import typing
 from collections import Counter
@@ -21,8 +22,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from kdpipe.data.errors import KdpipeError
 from kdpipe.data.ledger_files import Row
-from kdpipe.pipeline.plan import STAGES, make_plans
+from kdpipe.pipeline.plan import STAGES, make_plans, why
 from kdpipe.stages.base import Context
 from kdpipe.stages.config import (
     AcousticTeacherConfig,
@@ -278,3 +280,21 @@ def test_every_column(done: tuple[Config, Path, dict[str, str]], sample: str, co
             row[column] = ["1", "3"] if column == "choices" else f"{row.get(column, '')} 2"
     (base / "copy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert stale(replace(config, data=replace(config.data, manifest="copy.jsonl")), base) == expected
+
+
+def test_why_one_sample_is_stale(done: tuple[Config, Path, dict[str, str]]) -> None:
+    config, base, _ = done
+    teachers = replace(config.teachers, k=90, textual=replace(config.teachers.textual, prompt="{description}"))
+    plans = make_plans(Context(replace(config, teachers=teachers), base))
+    lines = {(stage, source): (state, reason) for stage, source, state, reason in why(plans, "given")}
+    assert ("textualize", "trace") == next(iter(lines)) and lines["textualize", "trace"] == (
+        "fresh",
+        "trace.zarr, row 0",
+    )
+    state, reason = lines["cache-teachers", "textual"]
+    assert state == "stale" and re.fullmatch(r"teacher\.prompt [0-9a-f]{8} -> [0-9a-f]{8}", reason)
+    assert lines["cache-teachers", "acoustic_top"] == ("stale", "k 64 -> 90")
+    assert lines["train", "student"] == ("waiting", "waits for cache-teachers")
+    assert {stage for stage, _ in lines} == {"textualize", "cache-teachers", "train"}, "it is not evaluated"
+    with pytest.raises(KdpipeError, match=r"no stage has a sample of that id.*Did you mean given"):
+        why(plans, "givem")
