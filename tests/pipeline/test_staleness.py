@@ -287,7 +287,7 @@ def test_why_one_sample_is_stale(done: tuple[Config, Path, dict[str, str]]) -> N
     teachers = replace(config.teachers, k=90, textual=replace(config.teachers.textual, prompt="{description}"))
     plans = make_plans(Context(replace(config, teachers=teachers), base))
     lines = {(stage, source): (state, reason) for stage, source, state, reason in why(plans, "given")}
-    assert ("textualize", "trace") == next(iter(lines)) and lines["textualize", "trace"] == (
+    assert next(iter(lines)) == ("textualize", "trace") and lines["textualize", "trace"] == (
         "fresh",
         "trace.zarr, row 0",
     )
