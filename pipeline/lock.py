@@ -10,11 +10,14 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kdpipe.data.errors import KdpipeError
+
+_INTRODUCTION_SECONDS = 1.0
 
 
 @contextmanager
@@ -53,8 +56,27 @@ def _hold(folder: Path) -> Iterator[int]:
 
 
 def _holder(handle: int) -> str:
+    """Who holds the lock. Who just took it has not written its number yet: until then nobody's, or a dead one's, is
+    there."""
+    deadline = time.monotonic() + _INTRODUCTION_SECONDS
+    while True:
+        try:
+            entry = json.loads(os.pread(handle, 4096, 0))
+            text = f"process {entry['pid']} on {entry['host']}"
+            if entry["host"] != socket.gethostname() or _is_alive(entry["pid"]):
+                return text
+        except (ValueError, KeyError, TypeError):
+            text = "its process number is not known"
+        if time.monotonic() > deadline:
+            return text
+        time.sleep(0.01)
+
+
+def _is_alive(pid: int) -> bool:
     try:
-        entry = json.loads(os.pread(handle, 4096, 0))
-        return f"process {entry['pid']} on {entry['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "its process number is not known"
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

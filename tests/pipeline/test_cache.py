@@ -50,6 +50,13 @@ def write_manifest(base: Path, ids: Iterable[str]) -> None:
 
 def build(base: Path, family: Miniatures, ids: list[str], settings: str = SETTINGS) -> Request:
     """A run up to the teacher store, made in this process."""
+    request = begin(base, family, ids, settings)
+    bring_up(request)
+    return request
+
+
+def begin(base: Path, family: Miniatures, ids: list[str], settings: str = SETTINGS) -> Request:
+    """A run of which nothing is done yet."""
     base.mkdir(parents=True, exist_ok=True)
     seconds = np.arange(12_000) / 16_000
     for number in range(2):
@@ -59,9 +66,7 @@ def build(base: Path, family: Miniatures, ids: list[str], settings: str = SETTIN
         student=family.qwen2_5_omni, teacher=family.teacher, settings=settings.strip("{}").replace(", ", "\n  ")
     )
     (base / "kdpipe.yaml").write_text(text)
-    request = Request(base / "kdpipe.yaml")
-    bring_up(request)
-    return request
+    return Request(base / "kdpipe.yaml")
 
 
 def bring_up(request: Request) -> list[tuple[str, str]]:
