@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _CHECKSUM = b"kdpipe.digest"
 _WRITTEN_BY = b"kdpipe.written_by"
 _BATCH_ROWS = 4096
+_GROUP_ROWS = 8192  # of a manifest, written together; releases before this one wrote all rows in one group
 _ROW_COLUMNS = ("id", "source", "key", "fields", "part", "row", "tokens", "length", "content", "cover")
 
 
@@ -147,6 +148,7 @@ def write_rows(manifest: Path, rows: Iterable[Row], tmp: Path) -> None:
         OSError: the disk is full or not writable; what was there before is then as it was.
     """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     ordered = sorted(rows, key=attrgetter("source", "part", "row", "id"))
 
@@ -154,15 +156,17 @@ def write_rows(manifest: Path, rows: Iterable[Row], tmp: Path) -> None:
         found = getattr(row, name)
         return json.dumps(dict(found), sort_keys=True) if name in ("fields", "cover") else found
 
-    def column(name: str) -> pa.Array:
-        # Batch by batch, since Python's texts take twice the memory, and then in one piece: where pages of the file
-        # end depends on the pieces.
-        kind = pa.int64() if name in ("row", "tokens", "length") else pa.string()
-        starts = range(0, len(ordered), _BATCH_ROWS)
-        pieces = [pa.array([value(r, name) for r in ordered[start : start + _BATCH_ROWS]], kind) for start in starts]
-        return pa.chunked_array(pieces, kind).combine_chunks()
+    kinds = {name: pa.int64() if name in ("row", "tokens", "length") else pa.string() for name in _ROW_COLUMNS}
 
-    _write_table(manifest, pa.table({name: column(name) for name in _ROW_COLUMNS}), tmp)
+    def write(path: Path) -> None:
+        # Some rows at a time: a table is larger than the file, and larger still as Python's texts.
+        with pq.ParquetWriter(path, pa.schema(kinds), write_page_checksum=True) as writer:
+            for start in range(0, max(len(ordered), 1), _GROUP_ROWS):
+                some = ordered[start : start + _GROUP_ROWS]
+                columns = {name: pa.array([value(row, name) for row in some], kind) for name, kind in kinds.items()}
+                writer.write_table(pa.table(columns))
+
+    write_atomically(manifest, write, tmp)
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject], tmp: Path) -> None:
@@ -201,14 +205,15 @@ def is_as_written(path: Path) -> bool:
         return False
     if by != _this_writer():
         return metadata.get(_WRITTEN_BY, by.encode()) == by.encode()
-    return _table_bytes(table) == path.read_bytes()
+    groups = pq.read_metadata(path).num_row_groups
+    return _table_bytes(table, _GROUP_ROWS if groups > 1 else None) == path.read_bytes()
 
 
-def _table_bytes(table: pa.Table) -> bytes:
+def _table_bytes(table: pa.Table, group_rows: int | None = None) -> bytes:
     import pyarrow.parquet as pq
 
     file = io.BytesIO()
-    pq.write_table(table, file, write_page_checksum=True)
+    pq.write_table(table, file, write_page_checksum=True, row_group_size=group_rows)
     return file.getvalue()
 
 

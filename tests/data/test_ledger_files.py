@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,21 @@ def test_memory_of_a_manifest_is_that_of_its_rows(tmp_path: Path):
     assert written < 450, f"{written:.0f} bytes a row to write; with all texts of a column at once it was 770"
     assert held < 800, f"{held:.0f} bytes a row held; with a dict of fields in each it was 1,150"
     assert peak < 1100, f"{peak:.0f} bytes a row to read; it was 1,400"
+
+
+@pytest.mark.parametrize("count", [0, 1, 8192, 8193, 20_000])
+def test_manifests_of_this_and_earlier_releases_are_as_written(tmp_path: Path, count: int):
+    """Earlier ones wrote all rows in one group."""
+    rows = [dataclasses.replace(ROWS[0], id=f"s{n}", row=n, key=digest(n)) for n in range(count)]
+    path, older = tmp_path / "new.parquet", tmp_path / "old.parquet"
+    write_rows(path, rows, tmp_path)
+    assert read_rows(path) == rows and is_as_written(path)
+    assert pq.read_metadata(path).num_row_groups == max(1, -(-count // 8192))
+    pq.write_table(pq.read_table(path).combine_chunks(), older, write_page_checksum=True)
+    assert read_rows(older) == rows and is_as_written(older)
+    assert (older.read_bytes() == path.read_bytes()) == (count <= 8192)
+    pq.write_table(pq.read_table(path), older, write_page_checksum=True, row_group_size=5000)
+    assert is_as_written(older) == (count <= 5000), "nobody writes so"
 
 
 def test_every_flip_in_rejections_is_found(rejects: Path):
