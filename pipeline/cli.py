@@ -7,6 +7,7 @@ import shlex
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.plan import StageStatus
     from kdpipe.pipeline.runner import Request
     from kdpipe.stages.train.launch import Launch
+
+
+_LEAVE_LATER_SECONDS = 1.0
 
 
 class _Commands(click.Group):
@@ -35,6 +39,8 @@ class _Group(_Commands):
         try:
             return super().invoke(ctx)
         except SaidElsewhere:
+            # Once one process has left, the launcher ends the others, who may not have spoken yet.
+            time.sleep(_LEAVE_LATER_SECONDS)
             sys.exit(2)
         except KdpipeError as error:
             lines = str(error).splitlines() or [type(error).__name__]
@@ -267,6 +273,8 @@ def _bring_launched(request: Request, launch: Launch, target: str, *, dry_run: b
     except KeyboardInterrupt as interrupt:
         if launch.rank == 0:
             click.echo(str(interrupt) or "train: interrupted. What was committed is kept.", err=True)
+        else:
+            time.sleep(_LEAVE_LATER_SECONDS)
         sys.exit(130)
     if launch.rank == 0:
         click.echo("Done." if ran else "Everything is fresh; nothing to do.")
