@@ -57,7 +57,7 @@ def digest(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    # Texts and short lists of them are hashed by the million; the general way takes ten times as long.
+    # Texts and short lists of them are hashed by the million, and the general way is long.
     if (atom := _atom(value)) is not None:
         return atom
     if type(value) is list or type(value) is tuple:

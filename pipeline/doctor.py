@@ -20,6 +20,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from kdpipe.data.files import fsync_path
+from kdpipe.pipeline.cost import human_bytes
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -133,7 +134,7 @@ def _gpus() -> Iterator[Finding]:
         for number in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(number)
             free, total = torch.cuda.mem_get_info(number)
-            text = f"GPU {number}: {about.name}, {_size(free)} of {_size(total)} free"
+            text = f"GPU {number}: {about.name}, {human_bytes(free)} of {human_bytes(total)} free"
             if free < 0.8 * total:
                 yield Finding("note", text, "somebody works on it; choose another with CUDA_VISIBLE_DEVICES")
             else:
@@ -159,7 +160,9 @@ def _cpu() -> Iterator[Finding]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
-    yield Finding("ok", f"{cores} CPU cores, {_size(memory.available)} of {_size(memory.total)} memory available")
+    yield Finding(
+        "ok", f"{cores} CPU cores, {human_bytes(memory.available)} of {human_bytes(memory.total)} memory available"
+    )
 
 
 def _limits() -> Iterator[Finding]:
@@ -171,14 +174,14 @@ def _limits() -> Iterator[Finding]:
         )
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if size != resource.RLIM_INFINITY:
-        yield Finding("problem", f"a file may have {_size(size)} (ulimit -f)", "ulimit -f unlimited")
+        yield Finding("problem", f"a file may have {human_bytes(size)} (ulimit -f)", "ulimit -f unlimited")
     shared = Path("/dev/shm")
     if shared.is_dir():
         total = shutil.disk_usage(shared).total
         if total < MIN_SHARED_BYTES:
             yield Finding(
                 "note",
-                f"{_size(total)} of shared memory in {shared}: vLLM on several GPUs and NCCL take more",
+                f"{human_bytes(total)} of shared memory in {shared}: vLLM on several GPUs and NCCL take more",
                 "start the container with --shm-size=8g, or --ipc=host",
             )
 
@@ -236,7 +239,7 @@ def _folder(name: str, folder: Path) -> Iterator[Finding]:
             "set both clocks (NTP): files that just changed are told apart by their times",
         )
     usage = shutil.disk_usage(there)
-    text = f"{name} {there}: {_size(usage.free)} of {_size(usage.total)} free"
+    text = f"{name} {there}: {human_bytes(usage.free)} of {human_bytes(usage.total)} free"
     if usage.free < MIN_FREE_BYTES:
         yield Finding("note", text, "kdpipe cache-teachers --dry-run says what a run takes")
     else:
@@ -300,10 +303,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB"
 
 
 def report(findings: Sequence[Finding]) -> str:

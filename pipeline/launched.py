@@ -71,7 +71,8 @@ def train_launched(request: Request, launch: Launch) -> bool:
 
         def end() -> None:
             ctx.prints.save()
-            write_lock_file(request.context(), {})
+            after = request.context()
+            write_lock_file(after, make_plans(after))
 
         world.first_does(end)
         return True

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
+
 from kdpipe.data.errors import KdpipeError
 
 _INTRODUCTION_SECONDS = 1.0
@@ -63,20 +65,10 @@ def _holder(handle: int) -> str:
         try:
             entry = json.loads(os.pread(handle, 4096, 0))
             text = f"process {entry['pid']} on {entry['host']}"
-            if entry["host"] != socket.gethostname() or _is_alive(entry["pid"]):
+            if entry["host"] != socket.gethostname() or psutil.pid_exists(entry["pid"]):
                 return text
         except (ValueError, KeyError, TypeError):
             text = "its process number is not known"
         if time.monotonic() > deadline:
             return text
         time.sleep(0.01)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

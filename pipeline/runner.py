@@ -94,6 +94,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 refuse_what_does_not_fit(request.context(), plan)
                 refuse_training_that_does_not_fit(request.context(), plan)
                 print(_headline(status_of(plan)), flush=True)
+                del plans, plan  # a stage may run for days, and nobody needs them meanwhile
                 _run_stage(request, name, locks)
                 ran = True
                 plans = make_plans(request.context(), target)
@@ -106,7 +107,8 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 )
         if target == "evaluate" and not assembled(ctx):
             assemble(ctx)
-        write_lock_file(request.context(), plans)
+        ctx = request.context()
+        write_lock_file(ctx, plans if plans.keys() == STAGES.keys() else make_plans(ctx))
     return ran
 
 
@@ -171,12 +173,12 @@ def write_lock_file(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
 
     Args:
         ctx: the run.
-        plans: of all stages, as things are on disk; where any is left out, they are made.
+        plans: of all stages, as things are on disk.
     """
     import yaml
 
     stages = {}
-    for name, plan in (plans if plans.keys() == STAGES.keys() else make_plans(ctx)).items():
+    for name, plan in plans.items():
         status = status_of(plan)
         rows = sorted((row.id, row.source, row.key) for row in plan.ledger.rows())
         stages[name] = {

@@ -192,13 +192,13 @@ def stale(config: Config, base: Path) -> str:
     for name, plan in make_plans(Context(config, base)).items():
         sources = Counter(want.source for want in plan.todo if want.pending is None)
         if sources:
-            found.append(f"{name}: {', '.join(sorted(sources))}" if len(STAGE_SOURCES[name]) > 1 else name)
+            found.append(f"{name}: {', '.join(sorted(sources))}" if name in SEVERAL_SOURCES else name)
         elif plan.removed and STAGES[name].whole and not plan.todo:
             found.append(name)
     return "; ".join(found) or INACTIVE
 
 
-STAGE_SOURCES = {"textualize": 1 * [0], "cache-teachers": 4 * [0], "train": 1 * [0], "evaluate": 2 * [0]}
+SEVERAL_SOURCES = ("cache-teachers", "evaluate")
 
 
 def page_table() -> dict[str, str]:
