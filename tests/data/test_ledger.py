@@ -308,12 +308,11 @@ def test_a_full_disk_while_a_table_is_written(place, monkeypatch):
     commit(ledger, "p1.zarr", range(2))
     before = {path: path.read_bytes() for path in place[0].rglob("*") if path.is_file()}
 
-    def full(table: Any, path: Path, **options: Any) -> None:
-        path.write_bytes(b"PAR1 half of it")
+    def full(writer: pq.ParquetWriter, table: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", full)
+        patch.setattr(pq.ParquetWriter, "write_table", full)
         with pytest.raises(OSError, match="No space left"):
             ledger.commit([row(5, "p1.zarr")], rejects=[REJECT])
     assert {path: path.read_bytes() for path in place[0].rglob("*") if path.is_file()} == before

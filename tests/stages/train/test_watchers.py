@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdpipe.data.errors import ConfigError
+from kdpipe.data.errors import ConfigError, KdpipeError
 from kdpipe.stages.train.metrics import MetricsFile, missing_watchers, read_metrics
 from kdpipe.stages.train.stage import STAGE
 from kdpipe.stages.train.watchers import bar_text, named, peak_memory, watch
@@ -44,7 +44,7 @@ def _interrupted(run: Any) -> None:
         if line["step"] == 4:
             raise OSError("power lost")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="power lost"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KdpipeError, match="power lost"):
         patch.setattr(MetricsFile, "append", dying)
         run.train()
     run.train()
