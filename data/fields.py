@@ -68,20 +68,3 @@ class Fields(Mapping[str, str]):
         """What `kdpipe.data.hashing.digest` gives for the same mapping, without walking over it."""
         text, places = self._names.text
         return digest_bytes((text % tuple([encode_text(self._own[place]) for place in places])).encode())
-
-
-class Sharing:
-    """Makes `Fields` of mappings that come one by one, as from a file: what is as in the first of them is kept once."""
-
-    def __init__(self) -> None:
-        self._common: dict[tuple[str, ...], Mapping[str, str]] = {}
-        self._names: dict[tuple[tuple[str, ...], tuple[str, ...]], Names] = {}
-
-    def __call__(self, fields: Mapping[str, str]) -> Fields:
-        all_names = tuple(fields)
-        common = self._common.setdefault(all_names, fields)
-        own = tuple([name for name, value in fields.items() if common[name] != value])
-        names = self._names.get((all_names, own))
-        if names is None:
-            names = self._names[all_names, own] = Names(common, {name: place for place, name in enumerate(own)})
-        return Fields(names, tuple([fields[name] for name in own]))

@@ -22,9 +22,14 @@ from kdpipe.data.errors import KdpipeError
 
 _DIGEST_CHARS = 32
 _BLOCK_BYTES = 1 << 22
-_RACY_NS = 2_000_000_000
+RACY_NS = 2_000_000_000
+"""A file younger than this may be written again without a change of its size and times; in nanoseconds."""
 
-_Entry = tuple[int, int, int, int, str]  # size, mtime, ctime, inode, digest
+Stat = tuple[int, int, int, int]
+"""Size (bytes), modification and change time (nanoseconds) and inode of a file."""
+
+_Entry = tuple[int, int, int, int, str]  # of a `Stat`, and the digest
+_UNKNOWN: Stat = (-1, -1, -1, -1)
 
 
 def _plain(value: Any) -> Any:
@@ -69,10 +74,15 @@ def _text(value: Any) -> str:
 
 def digest_each(items: Iterable[Any]) -> str:
     """What `digest` gives for a list of the items, without holding their text."""
+    return digest_texts(map(_text, items))
+
+
+def digest_texts(texts: Iterable[str]) -> str:
+    """What `digest_each` gives for items whose JSON, as `digest` writes it, is known."""
     state = hashlib.sha256()
     before = "["
-    for item in items:
-        state.update((before + _text(item)).encode())
+    for text in texts:
+        state.update((before + text).encode())
         before = ","
     state.update(("[]" if before == "[" else "]").encode())
     return state.hexdigest()[:_DIGEST_CHARS]
@@ -96,6 +106,16 @@ def digest_file(path: Path) -> str:
     return state.hexdigest()[:_DIGEST_CHARS]
 
 
+def stat_of(path: Path | str) -> Stat:
+    """What tells two contents of one file apart without reading them.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    info = os.stat(path)
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+
+
 class Fingerprints:
     """File digests remembered by path, size, modification and change time, and inode.
 
@@ -114,6 +134,8 @@ class Fingerprints:
         self._known: dict[str, _Entry] = {}
         self._fresh: dict[str, _Entry] = {}
         self._seen: dict[str, _Entry] = {}
+        self._unreadable: set[str] = set()
+        self._folders: dict[str, str] = {}
         if memory is not None and memory.exists():
             try:
                 with closing(
@@ -124,11 +146,6 @@ class Fingerprints:
             except sqlite3.Error:
                 self._known = {}
 
-    @staticmethod
-    def _stat(path: Path | str) -> tuple[int, int, int, int]:
-        info = os.stat(path)
-        return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
-
     def file(self, path: Path) -> str:
         """Digest of a file's content; read only if size, times or inode differ from what is remembered.
 
@@ -136,22 +153,48 @@ class Fingerprints:
             OSError: the file is missing or cannot be read.
         """
         full = str(path)
-        name = os.path.relpath(full, self._base)
-        stat = self._stat(full)
-        if not os.path.isfile(full):
-            raise OSError(errno.EINVAL, "not a regular file", full)
+        try:
+            stat = stat_of(full)
+            if not os.path.isfile(full):
+                raise OSError(errno.EINVAL, "not a regular file", full)
+        except OSError:
+            self._unreadable.add(full)
+            raise
+        name = self._name(full)
         known = self._fresh.get(name) or self._known.get(name)
         if known is not None and known[:4] == stat:
             self._seen[full] = known
             return known[4]
         value = digest_file(path)
-        if self._stat(full) != stat:
+        if stat_of(full) != stat:
             raise KdpipeError(f"{path}: changed while it was being read. Run again when it is complete.")
-        if time.time_ns() - max(stat[1], stat[2]) > _RACY_NS:
+        if time.time_ns() - max(stat[1], stat[2]) > RACY_NS:
             self._seen[full] = self._fresh[name] = (*stat, value)
         else:
-            self._seen[full] = (-1, -1, -1, -1, value)
+            self._seen[full] = (*_UNKNOWN, value)
         return value
+
+    def _name(self, full: str) -> str:
+        """A path from the base; that of its folder is found once, since finding it takes longer than all else."""
+        parent, cut, last = full.rpartition("/")
+        if not cut or last in ("", ".", ".."):
+            return os.path.relpath(full, self._base)
+        if parent not in self._folders:
+            self._folders[parent] = os.path.relpath(parent + cut, self._base)
+        folder = self._folders[parent]
+        return last if folder == "." else f"{folder}/{last}"
+
+    def seen(self) -> dict[str, Stat | None] | None:
+        """What each file was that this object was asked for, when it was hashed; None for those that could not be read.
+
+        None altogether where a file was written so shortly before that this would not tell it from a later one.
+        """
+        seen: dict[str, Stat | None] = dict.fromkeys(self._unreadable)
+        for path, entry in self._seen.items():
+            if entry[:4] == _UNKNOWN:
+                return None
+            seen[path] = entry[:4]
+        return seen
 
     def folder(self, folder: Path, suffixes: Sequence[str]) -> str:
         """Digest of the files directly in `folder` whose names end in one of `suffixes`, names included.
@@ -173,7 +216,7 @@ class Fingerprints:
         for path in paths:
             seen = self._seen.get(str(path))
             try:
-                if seen is None or self._stat(path) == seen[:4]:
+                if seen is None or stat_of(path) == seen[:4]:
                     continue
                 # A named pipe that took the file's place would be waited for, for ever.
                 if not os.path.isfile(path) or digest_file(path) != seen[4]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,11 +289,13 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample:
 
     Ends with status 0 when everything is fresh and 1 when not.
     """
-    from kdpipe.pipeline.plan import make_plans, status_of, why
+    from kdpipe.pipeline.recall import look, recall
 
-    plans = make_plans(_request(config_file, overrides).context())
+    ctx = _request(config_file, overrides).context()
     if sample is not None:
-        lines = why(plans, sample)
+        from kdpipe.pipeline.plan import make_plans, why
+
+        lines = why(make_plans(ctx), sample)
         if as_json:
             import json
 
@@ -305,7 +307,8 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample:
             for stage, source, state, reason in [("stage", "source", "state", "why"), *lines]:
                 click.echo(f"{stage:<15}{source:<14}{state:<9} {reason}")
         sys.exit(0 if all(line[2] in ("fresh", "rejected") for line in lines) else 1)
-    statuses = [status_of(plan) for plan in plans.values()]
+    recalled = recall(ctx)
+    statuses = look(ctx).keep() if recalled is None else recalled.statuses
     if as_json:
         import json
 
@@ -321,7 +324,7 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample:
     sys.exit(0 if all(status.state == "fresh" for status in statuses) else 1)
 
 
-def _print_table(statuses: list[StageStatus]) -> None:
+def _print_table(statuses: Sequence[StageStatus]) -> None:
     color = {"fresh": "green", "partial": "yellow", "stale": "yellow", "missing": "red"}
     click.echo(f"{'stage':<15}{'state':<9}{'samples':>9}{'fresh':>9}{'stale':>9}{'rejected':>10}")
     for status in statuses:

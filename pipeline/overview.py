@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.distributions import Layout
 from kdpipe.data.store.mend import size_of
 from kdpipe.data.store.metadata import load_attributes

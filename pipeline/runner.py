@@ -19,7 +19,8 @@ from kdpipe.pipeline.config import load_config
 from kdpipe.pipeline.cost import refuse_what_does_not_fit
 from kdpipe.pipeline.lock import hold
 from kdpipe.pipeline.memory import refuse_training_that_does_not_fit
-from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, make_plans, status_of, upstream
+from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, status_of, upstream
+from kdpipe.pipeline.recall import look, recall
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.config import identity_of
 from kdpipe.stages.evaluate.scores import assemble, assembled
@@ -79,13 +80,17 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
         StageFailed: a stage process failed.
     """
     ctx = request.context()
+    recalled = recall(ctx)
+    if recalled is not None and target in recalled.done:
+        return False
+    del recalled
     check(ctx, download=True)
     ran = False
     with hold([ctx.run_folder, ctx.cache_folder]) as locks:
         clean_tmp(ctx)
-        plans = make_plans(request.context(), target)
+        last = look(request.context(), target)
         for name in upstream(target):
-            plan = plans[name]
+            plan = last.plans[name]
             if STAGES[name].whole:
                 _check_budget(ctx, plan)
             if has_work(plan):
@@ -94,11 +99,11 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 refuse_what_does_not_fit(request.context(), plan)
                 refuse_training_that_does_not_fit(request.context(), plan)
                 print(_headline(status_of(plan)), flush=True)
-                del plans, plan  # a stage may run for days, and nobody needs them meanwhile
+                del last, plan  # a stage may run for days, and nobody needs them meanwhile
                 _run_stage(request, name, locks)
                 ran = True
-                plans = make_plans(request.context(), target)
-                plan = plans[name]
+                last = look(request.context(), target)
+                plan = last.plans[name]
             _check_budget(ctx, plan)
             if has_work(plan):
                 raise KdpipeError(
@@ -107,8 +112,10 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 )
         if target == "evaluate" and not assembled(ctx):
             assemble(ctx)
-        ctx = request.context()
-        write_lock_file(ctx, plans if plans.keys() == STAGES.keys() else make_plans(ctx))
+        if last.plans.keys() != STAGES.keys():
+            last = look(request.context())
+        write_lock_file(last.ctx, last.plans)
+        last.keep(done=upstream(target))
     return ran
 
 
@@ -180,7 +187,8 @@ def write_lock_file(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
     stages = {}
     for name, plan in plans.items():
         status = status_of(plan)
-        rows = sorted((row.id, row.source, row.key) for row in plan.ledger.rows())
+        ledger = plan.ledger
+        rows = sorted(row for source in ledger.sources for row in ledger.values(source, "id", "source", "key"))
         stages[name] = {
             "version": STAGES[name].version,
             "state": status.state,

@@ -187,20 +187,31 @@ class StagePlan:
 
 def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger) -> StagePlan:
     """Sorts wants into fresh, rejected and to do, by key and coverage."""
-    fresh, rejected, todo = set(), set(), []
+    fresh, rejected, removed = set(), set(), []
     lost = ledger.lost_parts()
+    served: dict[tuple[int, int], bool] = {}  # by identity: covers are shared by many wants, and by many rows
+
+    def serves(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+        pair = id(stored), id(asked)
+        if pair not in served:
+            served[pair] = covers(stored, asked)
+        return served[pair]
+
+    asked: dict[str, list[Wanted]] = {source: [] for source in ledger.sources}
     for want in wanted:
-        pair = (want.id, want.source)
-        if want.pending is None:
-            key = want.key
-            row, reject = ledger.get(*pair), ledger.rejected(*pair)
-            if row is not None and row.key == key and row.part not in lost and covers(row.cover, want.cover):
+        asked.setdefault(want.source, []).append(want)
+    for source, wants in asked.items():  # one after the other, so that the rows of one are held at a time
+        held = {sample: rest for sample, *rest in ledger.values(source, "id", "key", "part", "cover")}
+        for want in wants:
+            pair = (want.id, source)
+            row = held.pop(want.id, None)
+            if want.pending is not None:
+                continue
+            key, reject = want.key, ledger.rejected(*pair)
+            if row is not None and row[0] == key and row[1] not in lost and serves(row[2], want.cover):
                 fresh.add(pair)
-                continue
-            if reject is not None and reject.key == key:
+            elif reject is not None and reject.key == key:
                 rejected.add(pair)
-                continue
-        todo.append(want)
-    asked = {(want.id, want.source) for want in wanted}
-    removed = [(row.id, row.source) for row in ledger.rows() if (row.id, row.source) not in asked]
+        removed += [(sample, source) for sample in held]
+    todo = [want for want in wanted if (pair := (want.id, want.source)) not in fresh and pair not in rejected]
     return StagePlan(stage, wanted, frozenset(fresh), frozenset(rejected), todo, removed, ledger)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from kdpipe.data.files import fsync_path, make_folder
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row, head_text, is_as_written, read_rejects, read_rows, rows_digest, write_head
+from kdpipe.data.ledger_files import head_text, is_as_written, read_rejects, write_head
+from kdpipe.data.ledger_rows import Row, Rows
 from kdpipe.data.store.metadata import rows_from_parts
 from kdpipe.data.store.verify import Damage, PartCheck
 
@@ -141,7 +142,7 @@ def _check_ledger(folder: Path) -> tuple[list[Row] | None, Path | None, list[Dam
     named = folder / "manifests" / f"{match[1].decode()}.parquet" if match is not None else None
     if named in manifests and named.is_file() and head_text(named).encode() == raw:
         try:
-            return read_rows(named), None, []
+            return list(Rows.read(named)), None, []
         except ValueError as error:
             return None, None, [Damage(named, f"cannot be read ({error})", aside=named)]
     sound = [path for path in manifests if _is_proven(path)]
@@ -160,7 +161,7 @@ def _check_ledger(folder: Path) -> tuple[list[Row] | None, Path | None, list[Dam
 
 def _is_proven(manifest: Path) -> bool:
     try:
-        return rows_digest(read_rows(manifest)) == manifest.stem and is_as_written(manifest)
+        return Rows.read(manifest).digest() == manifest.stem and is_as_written(manifest)
     except (ValueError, TypeError):
         return False
 

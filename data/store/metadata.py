@@ -10,7 +10,7 @@ from typing import Any
 
 from kdpipe.data.errors import StoreError
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.format import ATTRIBUTE, FORMAT, PART, TOKENS, starts_name
 
 _FILE = "zarr.json"

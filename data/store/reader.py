@@ -18,7 +18,7 @@ import numpy as np
 
 from kdpipe.data.errors import StoreError
 from kdpipe.data.hashing import digest_bytes
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.arrays import StoredArray
 from kdpipe.data.store.codec import decode_states
 from kdpipe.data.store.distributions import Layout, StoredDistribution, narrowed

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.codec import decode_states
 from kdpipe.data.store.distributions import StoredDistribution
 from kdpipe.data.store.format import hidden_prefix

@@ -14,7 +14,8 @@ from kdpipe.data.errors import StoreError
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Reject, Row
+from kdpipe.data.ledger_files import Reject
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.manifest import Sample
 from kdpipe.data.store.format import FORMAT, ArraySpec
 from kdpipe.data.store.metadata import part_rows

@@ -12,7 +12,8 @@ import torch
 from kdpipe.data.audio import decode
 from kdpipe.data.errors import KdpipeError, ModelError, Rejected
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Reject, Row
+from kdpipe.data.ledger_files import Reject
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.manifest import Sample
 from kdpipe.data.store.format import TARGET_IDS
 from kdpipe.data.store.reader import Store

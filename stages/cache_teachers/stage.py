@@ -53,18 +53,19 @@ class CacheTeachers:
         covers = _covers(needs)
         upstream = plans[UPSTREAM]
         rejected = self._rejected_targets(ctx)
+        contents = dict(upstream.ledger.values("trace", "id", "content"))
         wants = []
         for sample in ctx.samples(ctx.config.data.train_split):
             pair = (sample.id, "trace")
             if pair in upstream.rejected:
                 continue
-            row = upstream.ledger.get(*pair) if pair in upstream.fresh else None
-            own = (*sample_fields(ctx, sample), row.content if row is not None else "")
+            content = contents[sample.id] if pair in upstream.fresh else None
+            own = (*sample_fields(ctx, sample), content or "")
             for source in needs.sources:
                 fields = Fields(names[source], own)
-                want = Wanted(sample.id, source, fields, covers[source], None if row is not None else UPSTREAM)
+                want = Wanted(sample.id, source, fields, covers[source], UPSTREAM if content is None else None)
                 wants.append(want)
-                if source == "targets" and row is not None and rejected.get(sample.id) == want.key:
+                if source == "targets" and content is not None and rejected.get(sample.id) == want.key:
                     break
         return wants
 

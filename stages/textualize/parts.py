@@ -11,7 +11,8 @@ from kdpipe.data.errors import Rejected, StoreError
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Reject, Row
+from kdpipe.data.ledger_files import Reject
+from kdpipe.data.ledger_rows import Row
 from kdpipe.stages.base import Context, Wanted
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import nn
 from kdpipe.data.errors import ConfigError, KdpipeError
 from kdpipe.data.files import build_aside, listing, move_into_place, remove
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.reader import Store
 from kdpipe.data.stream import Entry, Stream
 from kdpipe.stages.base import Context, StagePlan

@@ -24,6 +24,7 @@ SOURCE, ADAPTER = "student", "adapter"
 _OF_SAMPLE = ("audio", "span", "question", "choices")
 AUDIO = SAMPLE_FIELDS.index("audio")
 """Where the digest of its clips stands in what `sample_fields` gives."""
+_WHAT = ("id", "content", "key")  # the content of what came out, or for want of one its key
 _APART = (
     "validation_fraction",
     "weights",
@@ -72,6 +73,10 @@ class Train:
             "prompt": digest([config.student.system, config.student.prompt]),
         }
         cache = plans[CACHE_TEACHERS.name]
+        made = {
+            source: {sample: content or key for sample, content, key in cache.ledger.values(source, *_WHAT)}
+            for source in needs.sources
+        }
         wants = []
 
         @cache_results
@@ -91,9 +96,7 @@ class Train:
                 pending = next((want.pending for want in waiting if want.pending), CACHE_TEACHERS.name)
                 wants.append(Wanted(sample.id, SOURCE, Fields(names((), task), heard), pending=pending))
                 continue
-            rows = [cache.ledger.get(want.id, want.source) for want in upstream]
-            own = (*heard, *(row.content or row.key for row in rows if row is not None))
-            assert len(own) == len(heard) + len(upstream)
+            own = (*heard, *(made[want.source][want.id] for want in upstream))
             sources = tuple(want.source for want in upstream)
             wants.append(Wanted(sample.id, SOURCE, Fields(names(sources, task), own)))
         return wants

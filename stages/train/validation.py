@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.stream import StreamState, prefetch
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.train.data import GlobalBatch, Reader

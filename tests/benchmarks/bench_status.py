@@ -29,7 +29,7 @@ import numpy as np
 import soundfile
 import yaml
 
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.pipeline.plan import make_plans
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.config import WeightsConfig

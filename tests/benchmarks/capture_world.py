@@ -14,7 +14,7 @@ import soundfile
 
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.stages.base import Context, StagePlan, Wanted, compare
 from kdpipe.stages.cache_teachers.stage import STAGE
 from kdpipe.stages.config import (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch  # noqa: F401  (loaded as in training; the reader widens float16 with it)
 
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.distributions import Layout
 from kdpipe.data.store.format import TARGET_IDS, TOP, ArraySpec, under
 from kdpipe.data.store.reader import Store

@@ -18,7 +18,8 @@ import pytest
 from kdpipe.data import files
 from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Reject, Row, old_manifests
+from kdpipe.data.ledger_files import Reject, old_manifests
+from kdpipe.data.ledger_rows import Row
 
 REJECT = Reject("bad", "trace", "kb", "audio_silent", "bad.wav is silent")
 
@@ -326,7 +327,7 @@ def test_kill_9_of_a_real_process(place, tmp_path: Path):
 import itertools
 from pathlib import Path
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 ledger = Ledger(Path({str(place[0])!r}), Path({str(place[1])!r}))
 for number in itertools.count(len(list(ledger.rows()))):
     built = ledger.tmp / "built"

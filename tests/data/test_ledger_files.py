@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,14 +17,12 @@ from kdpipe.data.fields import Fields, Names
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_files import (
     Reject,
-    Row,
     is_as_written,
     read_rejects,
-    read_rows,
-    rows_digest,
     write_rejects,
     write_rows,
 )
+from kdpipe.data.ledger_rows import Row, Rows
 
 REJECT = Reject("bad", "trace", "kb", "audio_silent", "bad.wav is silent")
 ROWS = [Row(f"s{n}", "trace", f"k{n}", {"audio": f"a{n}"}, "p.zarr", n, 10 + n, cover={"k": 64}) for n in range(2)]
@@ -37,10 +37,10 @@ def rejects(tmp_path: Path) -> Path:
 
 def test_rows_are_read_back_in_one_order(tmp_path: Path):
     one, other = tmp_path / "one.parquet", tmp_path / "other.parquet"
-    write_rows(one, ROWS, tmp_path)
-    write_rows(other, reversed(ROWS), tmp_path)
+    write_rows(one, Rows.of(ROWS), tmp_path)
+    write_rows(other, Rows.of(reversed(ROWS)), tmp_path)
     assert one.read_bytes() == other.read_bytes() and is_as_written(one)
-    assert read_rows(one) == ROWS and rows_digest(reversed(ROWS)) == rows_digest(read_rows(one))
+    assert list(Rows.read(one)) == ROWS and Rows.of(reversed(ROWS)).digest() == Rows.read(one).digest()
 
 
 def test_memory_of_a_manifest_is_that_of_its_rows(tmp_path: Path):
@@ -51,22 +51,39 @@ def test_memory_of_a_manifest_is_that_of_its_rows(tmp_path: Path):
         for n in range(count)
     ]
     path = tmp_path / "manifest.parquet"
-    write_rows(tmp_path / "first.parquet", rows[:1], tmp_path)  # which imports what it needs
+    write_rows(tmp_path / "first.parquet", Rows.of(rows[:1]), tmp_path)  # which imports what it needs
+    before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
-        named = rows_digest(rows)
-        write_rows(path, rows, tmp_path)
+        made = Rows.of(rows)
+        named = made.digest()
+        write_rows(path, made, tmp_path)
         written = tracemalloc.get_traced_memory()[1] / count
+        del made
         tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        found = read_rows(path)
-        held, peak = ((now - before) / count for now in tracemalloc.get_traced_memory())
+        found = Rows.read(path)
+        columns = (pa.total_allocated_bytes() - before) / count
+        assert found.digest() == named
+        peak = tracemalloc.get_traced_memory()[1] / count
     finally:
         tracemalloc.stop()
-    assert found == rows and rows_digest(found) == named and is_as_written(path)
-    assert written < 450, f"{written:.0f} bytes a row to write; with all texts of a column at once it was 770"
-    assert held < 800, f"{held:.0f} bytes a row held; with a dict of fields in each it was 1,150"
-    assert peak < 1100, f"{peak:.0f} bytes a row to read; it was 1,400"
+    assert list(found) == rows and is_as_written(path)
+    assert written < 450, f"{written:.0f} bytes a row to write, as Python's objects"
+    assert columns < 160, f"{columns:.0f} bytes a row held in columns; as objects it was 650"
+    assert peak < 300, f"{peak:.0f} bytes a row to read and prove, as objects; it was 1,100"
+
+
+def test_manifests_of_earlier_releases_are_read(tmp_path: Path):
+    """All named digests of a row were one JSON text."""
+    rows = [*ROWS, dataclasses.replace(ROWS[0], id="other", fields={"question": "q", "audio": "a"})]
+    made = next(Rows.of(rows).tables(10))
+    made = made.drop_columns([name for name in made.column_names if name.startswith("fields.")])
+    path = tmp_path / "old.parquet"
+    texts = [json.dumps(row.fields) for row in sorted(rows, key=lambda row: (row.row, row.id))]
+    pq.write_table(made.append_column("fields", pa.array(texts)), path, write_page_checksum=True)
+    found = Rows.read(path)
+    assert sorted(found, key=lambda row: row.id) == sorted(rows, key=lambda row: row.id)
+    assert found.digest() == Rows.of(rows).digest() and is_as_written(path)
 
 
 @pytest.mark.parametrize("count", [0, 1, 8192, 8193, 20_000])
@@ -74,11 +91,11 @@ def test_manifests_of_this_and_earlier_releases_are_as_written(tmp_path: Path, c
     """Earlier ones wrote all rows in one group."""
     rows = [dataclasses.replace(ROWS[0], id=f"s{n}", row=n, key=digest(n)) for n in range(count)]
     path, older = tmp_path / "new.parquet", tmp_path / "old.parquet"
-    write_rows(path, rows, tmp_path)
-    assert read_rows(path) == rows and is_as_written(path)
+    write_rows(path, Rows.of(rows), tmp_path)
+    assert list(Rows.read(path)) == rows and is_as_written(path)
     assert pq.read_metadata(path).num_row_groups == max(1, -(-count // 8192))
     pq.write_table(pq.read_table(path).combine_chunks(), older, write_page_checksum=True)
-    assert read_rows(older) == rows and is_as_written(older)
+    assert list(Rows.read(older)) == rows and is_as_written(older)
     assert (older.read_bytes() == path.read_bytes()) == (count <= 8192)
     pq.write_table(pq.read_table(path), older, write_page_checksum=True, row_group_size=5000)
     assert is_as_written(older) == (count <= 5000), "nobody writes so"
@@ -103,7 +120,7 @@ def test_a_table_of_another_pyarrow_counts_as_written_unless_it_contradicts_itse
     assert not is_as_written(rejects)
 
 
-@pytest.mark.parametrize("read", [read_rows, read_rejects, is_as_written])
+@pytest.mark.parametrize("read", [Rows.read, read_rejects, is_as_written])
 def test_a_folder_is_no_table(tmp_path: Path, read):
     (tmp_path / "table.parquet").mkdir()
     with pytest.raises(ValueError, match="a folder, not a file"):

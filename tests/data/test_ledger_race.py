@@ -13,7 +13,7 @@ import pytest
 from kdpipe.data import ledger as module
 from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def meddle(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, place: tuple[
     return calls
 
 
-@pytest.mark.parametrize(("owner", "name"), [(module, "digest_file"), (module, "read_rows")])
+@pytest.mark.parametrize(("owner", "name"), [(module, "digest_file"), (module.Rows, "read")])
 def test_a_manifest_pruned_after_head_was_read_is_followed_to_the_new_one(place, monkeypatch, owner: Any, name: str):
     """Whether the reader has checked the manifest's digest by then or not."""
     (old,) = (place[0] / "manifests").iterdir()
@@ -83,7 +83,7 @@ COMMITTER = """
 import sys
 from pathlib import Path
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 ledger = Ledger(Path(sys.argv[1]), Path(sys.argv[2]))
 print("ready", flush=True)
 number = 0

@@ -23,7 +23,7 @@ import pytest
 import soundfile
 
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.pipeline.plan import STAGES, make_plans, why
 from kdpipe.stages.base import Context
 from kdpipe.stages.config import (

@@ -17,7 +17,7 @@ import numpy as np
 from kdpipe.data.cota import TraceSchema
 from kdpipe.data.errors import Rejected
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.manifest import AudioRef, Sample
 from kdpipe.stages.base import Context, Wanted
 from kdpipe.stages.models.folder import ModelFolder

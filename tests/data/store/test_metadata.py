@@ -11,7 +11,7 @@ import pytest
 
 from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.format import ArraySpec
 from kdpipe.data.store.metadata import load_attributes, metadata_digest, part_rows, rows_from_parts
 from kdpipe.data.store.writer import PartWriter

@@ -12,7 +12,7 @@ import pytest
 
 from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.format import ArraySpec
 from kdpipe.data.store.metadata import part_rows
 from kdpipe.data.store.reader import Store

@@ -20,7 +20,7 @@ from kdpipe.data.audio import decode
 from kdpipe.data.files import build_aside
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger
-from kdpipe.data.ledger_files import Row
+from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.distributions import StoredDistribution
 from kdpipe.data.store.reader import Store
 from kdpipe.stages.base import Context, StagePlan, compare
