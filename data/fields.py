@@ -50,6 +50,11 @@ class Fields(Mapping[str, str]):
         self._names = names
         self._own = own
 
+    @property
+    def names(self) -> Names:
+        """What it has alike with others."""
+        return self._names
+
     def __getitem__(self, name: str) -> str:
         place = self._names.places.get(name)
         return self._names.common[name] if place is None else self._own[place]

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-_CORE = ("id", "source", "key", "part", "row", "tokens", "length", "content", "cover")
-_FEW = ("source", "part", "cover")  # few values, each in many rows
+_CORE = ("id", "source", "key", "part", "row", "tokens", "length", "content", "cover", "held_as", "made_with")
+_ADDED = ("held_as", "made_with")  # which manifests of earlier releases lack
+_FEW = ("source", "part", "cover", "made_with")  # few values, each in many rows
 _NUMBERS = ("row", "tokens", "length")
 _PREFIX = "fields."
 _AS_JSON = "fields"  # in manifests of earlier releases: all of a row's in one JSON text
@@ -46,6 +47,8 @@ class Row:
         tokens: response tokens (audio tokens for `acoustic`).
         length: tokens of the student's whole sequence, prompt and audio included; 0 where that means nothing.
         content: digest of what came out, for early cutoff downstream.
+        held_as: the key under which its part holds it, where `kdpipe accept` gave it another; else empty.
+        made_with: names and versions of the libraries it was made with; empty where that was not recorded.
     """
 
     id: str
@@ -58,6 +61,13 @@ class Row:
     length: int = 0
     content: str = ""
     cover: Mapping[str, Any] = field(default_factory=dict)
+    held_as: str = ""
+    made_with: str = ""
+
+    @property
+    def part_key(self) -> str:
+        """The key under which its part holds it."""
+        return self.held_as or self.key
 
 
 class Rows:
@@ -109,7 +119,8 @@ class Rows:
             file = pq.ParquetFile(manifest, page_checksum_verification=True, read_dictionary=list(_FEW))
             names = [name for name in file.schema_arrow.names if name.startswith(_PREFIX)]
             old = _AS_JSON in file.schema_arrow.names
-            core = file.read(list(_CORE), use_threads=False).select(_CORE)
+            there = [name for name in _CORE if name not in _ADDED or name in file.schema_arrow.names]
+            core = _with_added(file.read(there, use_threads=False)).select(_CORE)
             core.validate(full=True)  # damage may leave codes that stand for nothing
 
             def load() -> pa.Table:
@@ -137,9 +148,8 @@ class Rows:
         place = self._placed(source).get(sample)
         if place is None:
             return None
-        values = [self._core[name][place].as_py() for name in _CORE[:-1]]
-        cover = self._covers[self._core["cover"][place].as_py()]
-        return self._row(place, (*values, cover))
+        values = (self._core[name][place].as_py() for name in _CORE)
+        return self._row(place, (self._covers[v] if n == "cover" else v for n, v in zip(_CORE, values, strict=True)))
 
     def values(self, source: str, *names: str) -> Iterator[tuple[Any, ...]]:
         """Attributes of all rows of a source, in the order of `names`; none of them `fields`."""
@@ -187,15 +197,20 @@ class Rows:
             text: json.dumps(cover, sort_keys=True, separators=(",", ":")) for text, cover in self._covers.items()
         }
 
+        without = ',"",""]'
+
         def texts() -> Iterator[str]:
-            names = ("id", "source", "key", "part", "row", "tokens", "length", "cover", "content")
+            names = ("id", "source", "key", "part", "row", "tokens", "length", "cover", "content", *_ADDED)
+            text = f"[{','.join(['%s'] * len(names))}]"
             for start in range(0, len(self), _BATCH_ROWS):
                 some = self._core.take(ordered[start : start + _BATCH_ROWS])
                 columns = []
                 for name in names:
                     values = some[name].to_pylist()
                     columns.append(map(covers.__getitem__ if name == "cover" else _atom, values))
-                yield from map("[%s,%s,%s,%s,%s,%s,%s,%s,%s]".__mod__, zip(*columns, strict=True))
+                lines = map(text.__mod__, zip(*columns, strict=True))
+                # Where there are none, as in releases that knew of none: a manifest keeps its name.
+                yield from (line.removesuffix(without) + "]" if line.endswith(without) else line for line in lines)
 
         return digest_texts(texts())
 
@@ -233,8 +248,8 @@ class Rows:
         return covers
 
     def _row(self, place: int, values: Iterable[Any]) -> Row:
-        sample, source, key, part, row, tokens, length, content, cover = values
-        return Row(sample, source, key, _FieldsOf(self, place), part, row, tokens, length, content, cover)
+        sample, source, key, *others = values
+        return Row(sample, source, key, _FieldsOf(self, place), *others)
 
     def _placed(self, source: str) -> dict[str, int]:
         """Where the samples of a source stand."""
@@ -319,6 +334,17 @@ class _FieldsOf(Mapping[str, str]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def _with_added(core: pa.Table) -> pa.Table:
+    """With the columns that an earlier release did not write."""
+    import pyarrow as pa
+
+    for name in _ADDED:
+        if name not in core.column_names:
+            empty = pa.array([""] * core.num_rows, pa.string())
+            core = core.append_column(name, empty.dictionary_encode() if name in _FEW else empty)
+    return core
 
 
 def _codes(column: Any) -> Any:

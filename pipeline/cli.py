@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _LEAVE_LATER_SECONDS = 1.0
+STAGE_NAMES = ("textualize", "cache-teachers", "train", "evaluate")  # those of `kdpipe.pipeline.plan.STAGES`
 
 
 class _Commands(click.Group):
@@ -74,19 +76,27 @@ def main() -> None:
         kdpipe check             finds every mistake in it
         kdpipe run               does what is not done yet
         kdpipe status            says what is stale, and why
+        kdpipe accept STAGE      takes what is there as fresh, deliberately
 
     Only what is stale runs again, sample by sample.
     """
 
 
 def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
+    @functools.wraps(command)
+    def configured(*, overrides: tuple[str, ...], strict_env: bool, **rest: Any) -> None:
+        command(overrides=(*overrides, "run.strict_env=true") if strict_env else overrides, **rest)
+
+    with_flag = click.option(
+        "--strict-env", is_flag=True, help="Make anew what other versions of the libraries made (run.strict_env)."
+    )(configured)
+    with_settings = click.option(
         "--set",
         "overrides",
         multiple=True,
         metavar="KEY=VALUE",
         help="Override one setting, e.g. --set train.epochs=1.",
-    )(command)
+    )(with_flag)
     return click.option(
         "-c",
         "--config",
@@ -95,7 +105,7 @@ def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         type=click.Path(path_type=Path),
         help="The configuration file; paths in it start from its folder.",
-    )(command)
+    )(with_settings)
 
 
 def _request(config_file: Path, overrides: tuple[str, ...]) -> Request:
@@ -412,6 +422,23 @@ def gc(config_file: Path, overrides: tuple[str, ...], dry_run: bool, unasked: bo
 
     ctx = _request(config_file, overrides).context()
     click.echo("\n".join(collect_garbage(ctx, dry_run=dry_run, unasked=unasked)))
+
+
+@main.command()
+@click.argument("stages", metavar="STAGE...", nargs=-1, required=True, type=click.Choice(STAGE_NAMES))
+@_with_config
+@click.option("--dry-run", is_flag=True, help="Say what would be accepted; change nothing.")
+def accept(stages: tuple[str, ...], config_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Take what a stage has as what is asked for, deliberately.
+
+    For a change that you know does not matter, like a comma in a prompt or a clip that was stored in another form: what
+    is stale for that reason counts as fresh from then on, and nothing is computed. What is not there, or was made for
+    other response tokens, is left to be made. Putting the configuration back needs no second `accept`.
+    """
+    from kdpipe.pipeline.accept import accept as accept_stages
+
+    for line in accept_stages(_request(config_file, overrides), stages, dry_run=dry_run):
+        click.echo(line)
 
 
 @main.command()

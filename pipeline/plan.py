@@ -12,6 +12,7 @@ from typing import Any, Literal
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.base import Context, Stage, StagePlan, Wanted, compare, covers
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
+from kdpipe.stages.environment import difference, environment
 from kdpipe.stages.evaluate.stage import STAGE as EVALUATE
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
 from kdpipe.stages.train.stage import STAGE as TRAIN
@@ -68,7 +69,7 @@ def make_plans(ctx: Context, target: str | None = None) -> dict[str, StagePlan]:
     """
     plans: dict[str, StagePlan] = {}
     for name in STAGES if target is None else upstream(target):
-        plans[name] = compare(name, STAGES[name].wanted(ctx, plans), ctx.ledger(name))
+        plans[name] = compare(name, STAGES[name].wanted(ctx, plans), ctx.ledger(name), environment(ctx, name))
     ctx.prints.save()
     return plans
 
@@ -159,7 +160,9 @@ def causes_of(plan: StagePlan, want: Wanted, lost: Set[str]) -> list[Cause]:
         return [Cause("retried" if _had(plan, want) else "new")]
     if row.part in lost:
         return [Cause("lost", row.part)]
-    if row.key == want.key:
+    if want.key in (row.key, row.held_as):
+        if covers(row.cover, want.cover):
+            return [Cause("changed", "libraries", difference(row.made_with, plan.libraries))]
         return [
             Cause("more", name, f"{_plainly(row.cover.get(name))} -> {_plainly(value)}")
             for name, value in want.cover.items()
@@ -243,6 +246,11 @@ def _reasons(plan: StagePlan) -> list[str]:
     removed = Counter(source for _, source in plan.removed)
     unasked = "no longer wanted" if STAGES[plan.stage].whole else "kept that this configuration does not ask for"
     lines += [f"{source}: {n} {unasked}" for source, n in removed.items()]
+    for made_with, count in sorted(plan.made_with.items()):
+        changed = (
+            f"with {difference(made_with, plan.libraries)}" if made_with else "with libraries that were not recorded"
+        )
+        lines.append(f"made {changed}: {count}, kept (run.strict_env is off)")
     reasons = Counter(reject.reason for reject in plan.ledger.rejects() if (reject.id, reject.source) in plan.rejected)
     lines += [f"rejected: {reason}: {n}" for reason, n in reasons.most_common()]
     return lines

@@ -26,6 +26,7 @@ from kdpipe.data.files import write_atomically
 from kdpipe.data.hashing import RACY_NS, Stat, digest, digest_file, stat_of
 from kdpipe.pipeline.plan import STAGES, StageStatus, make_plans, status_of
 from kdpipe.stages.base import Context, StagePlan
+from kdpipe.stages.environment import environment
 from kdpipe.stages.models.folder import resolve
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _notes(ctx: Context) -> dict[str, Any]:
     return {
         "at": time.time_ns(),
         "config": digest(repr(ctx.config)),
+        "libraries": [environment(ctx, name).text for name in STAGES],
         "base": str(ctx.base),
         "models": models,
         "files": [[path, *_stat_or_gone(path)] for path in files],

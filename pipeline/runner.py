@@ -6,23 +6,22 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from kdpipe.data.errors import KdpipeError, RejectBudgetError, StaleError
-from kdpipe.data.files import remove, write_atomically
-from kdpipe.data.hashing import digest, digest_each
+from kdpipe.data.files import remove
 from kdpipe.pipeline.check import check
 from kdpipe.pipeline.config import load_config
 from kdpipe.pipeline.cost import refuse_what_does_not_fit
 from kdpipe.pipeline.lock import hold
+from kdpipe.pipeline.lock_file import write_lock_file
 from kdpipe.pipeline.memory import refuse_training_that_does_not_fit
 from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, status_of, upstream
 from kdpipe.pipeline.recall import look, recall
 from kdpipe.stages.base import Context, StagePlan
-from kdpipe.stages.config import identity_of
 from kdpipe.stages.evaluate.scores import assemble, assembled
 
 _UNFINISHED = re.compile(r"(old-)?[0-9a-f]{32}")
@@ -173,33 +172,6 @@ def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
             signal.signal(number, handler)
     if code:
         raise StageFailed(name, code if code > 0 else 128 - code)
-
-
-def write_lock_file(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
-    """Writes `kdpipe.lock`: what each stage was made from, in a form made for git diffs.
-
-    Args:
-        ctx: the run.
-        plans: of all stages, as things are on disk.
-    """
-    import yaml
-
-    stages = {}
-    for name, plan in plans.items():
-        status = status_of(plan)
-        ledger = plan.ledger
-        rows = sorted(row for source in ledger.sources for row in ledger.values(source, "id", "source", "key"))
-        stages[name] = {
-            "version": STAGES[name].version,
-            "state": status.state,
-            "samples": {"total": status.total, "fresh": status.fresh, "rejected": status.rejected},
-            "keys": digest_each(rows),
-        }
-    document = {"format": 1, "configuration": digest(identity_of(ctx.config)), "stages": stages}
-    text = "# Written by kdpipe; keep it in version control.\n" + yaml.safe_dump(document, sort_keys=False)
-    target = ctx.run_folder / "kdpipe.lock"
-    if not target.exists() or target.read_text(encoding="utf-8") != text:
-        write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"), ctx.run_folder / "tmp")
 
 
 def clean_tmp(ctx: Context) -> None:

@@ -6,6 +6,7 @@ keys, and a function that makes some of them. Everything here is light; `run` im
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +43,9 @@ class Wanted:
     def key(self) -> str:
         """Digest of the fields."""
         return self.fields.digest() if isinstance(self.fields, Fields) else digest(self.fields)
+
+
+_COMPARED = ("id", "key", "held_as", "part", "cover", "made_with")
 
 
 def covers(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
@@ -174,6 +178,8 @@ class StagePlan:
         todo: wants that are neither, in order.
         removed: (id, source) pairs on disk that nothing asks for any more.
         ledger: the ledger they were compared with.
+        made_with: how many pairs of `fresh` were made with which other libraries than are installed.
+        libraries: those that are installed.
     """
 
     stage: str
@@ -183,11 +189,30 @@ class StagePlan:
     todo: Sequence[Wanted]
     removed: Sequence[tuple[str, str]]
     ledger: Ledger
+    made_with: Mapping[str, int] = field(default_factory=dict)
+    libraries: str = ""
 
 
-def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger) -> StagePlan:
-    """Sorts wants into fresh, rejected and to do, by key and coverage."""
-    fresh, rejected, removed = set(), set(), []
+class Made(Protocol):
+    """Judges what was made by the libraries it was made with; `kdpipe.stages.environment.Environment`."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def strict(self) -> bool: ...
+    def made(self, made_with: str) -> bool: ...
+
+
+def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger, by: Made | None = None) -> StagePlan:
+    """Sorts wants into fresh, rejected and to do, by key, coverage and, where it is strict, by libraries.
+
+    Args:
+        stage: its name.
+        wanted: what is asked for.
+        ledger: what there is.
+        by: the libraries that are installed; None: they do not matter.
+    """
+    fresh, rejected, removed, others = set(), set(), [], Counter[str]()
     lost = ledger.lost_parts()
     served: dict[tuple[int, int], bool] = {}  # by identity: covers are shared by many wants, and by many rows
 
@@ -201,17 +226,23 @@ def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger) -> StagePlan:
     for want in wanted:
         asked.setdefault(want.source, []).append(want)
     for source, wants in asked.items():  # one after the other, so that the rows of one are held at a time
-        held = {sample: rest for sample, *rest in ledger.values(source, "id", "key", "part", "cover")}
+        held = {sample: rest for sample, *rest in ledger.values(source, *_COMPARED)}
         for want in wants:
             pair = (want.id, source)
             row = held.pop(want.id, None)
             if want.pending is not None:
                 continue
             key, reject = want.key, ledger.rejected(*pair)
-            if row is not None and row[0] == key and row[1] not in lost and serves(row[2], want.cover):
-                fresh.add(pair)
-            elif reject is not None and reject.key == key:
+            if row is not None and key in row[:2] and row[2] not in lost and serves(row[3], want.cover):
+                alike = by is None or by.made(row[4])
+                if alike or (by is not None and not by.strict):
+                    fresh.add(pair)
+                    others[row[4]] += not alike
+                    continue
+            if reject is not None and reject.key == key:
                 rejected.add(pair)
         removed += [(sample, source) for sample in held]
     todo = [want for want in wanted if (pair := (want.id, want.source)) not in fresh and pair not in rejected]
-    return StagePlan(stage, wanted, frozenset(fresh), frozenset(rejected), todo, removed, ledger)
+    return StagePlan(
+        stage, wanted, frozenset(fresh), frozenset(rejected), todo, removed, ledger, +others, by.text if by else ""
+    )

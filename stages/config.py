@@ -270,6 +270,9 @@ class RunConfig:
     cache: str | None = execution(None)
     """Folder that holds `textualize/` and `cache-teachers/`; None: the run folder. Name another run's folder
     to train several students from one cache."""
+    strict_env: bool = execution(False)
+    """What was made with other versions of the libraries that a stage computes with is made anew. If not, kdpipe only
+    says so. The same as `--strict-env`."""
 
 
 @dataclass(frozen=True)

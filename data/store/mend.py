@@ -197,7 +197,7 @@ def _check_rows(check: PartCheck, rows: Sequence[Row]) -> Iterator[Damage]:
     units, source = check.attributes["units"], check.attributes["source"]
     for row in rows:
         unit = units[row.row] if 0 <= row.row < len(units) else {}
-        same = (row.source, row.key, row.tokens) == (source, unit.get("key"), unit.get("tokens"))
+        same = (row.source, row.part_key, row.tokens) == (source, unit.get("key"), unit.get("tokens"))
         # A sample that came later may share a clip's unit without being listed there.
         if not same or ("samples" not in unit and unit["id"] != row.id):
             what = f"its row {row.row} is not {row.source} of sample {row.id!r} as the manifest says"

@@ -132,6 +132,7 @@ def part_rows(part: Path, name: str | None = None) -> list[Row]:
                     length=entry.get("length", 0),
                     content=entry.get("content", ""),
                     cover=entry.get("cover", {}),
+                    made_with=attributes.get("made_with", ""),
                 )
             )
     return rows

@@ -369,10 +369,10 @@ class Store:
         part: PartReader = self._open.get(row.part, lambda: self._open_part(row.part))
         # Ids are not compared: a sample that came later may share a clip's unit without being listed there.
         unit = part.units[row.row] if row.row < len(part.units) else {}
-        if part.source != source or unit.get("key") != row.key:
+        if part.source != source or unit.get("key") != row.part_key:
             path = self._parts / row.part
             raise damaged(
-                path, f"{path}: row {row.row} is not {source} of sample {sample_id!r} under the key {row.key}"
+                path, f"{path}: row {row.row} is not {source} of sample {sample_id!r} under the key {row.part_key}"
             )
         return part, row.row
 

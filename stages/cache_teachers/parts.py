@@ -21,6 +21,8 @@ from kdpipe.data.store.format import FORMAT, ArraySpec
 from kdpipe.data.store.metadata import part_rows
 from kdpipe.data.store.writer import PartWriter
 from kdpipe.stages.base import Context, Wanted, covers
+from kdpipe.stages.cache_teachers.stage import STAGE
+from kdpipe.stages.environment import environment
 
 
 class PartBuilder:
@@ -53,6 +55,8 @@ class PartBuilder:
         self._source = source
         self._path = path
         self._cover = dict(cover)
+        self._made_with = environment(ctx, STAGE.name).text
+        attributes = {**attributes, "made_with": self._made_with}
         self._writer = PartWriter(path, source=source, arrays=arrays, attributes=attributes, constants=constants)
         self._units: list[tuple[str, str]] = []
         self._rows: list[Row] = []
@@ -86,7 +90,7 @@ class PartBuilder:
         self._units.append((unit_id, key))
         for want in wants:
             row = Row(want.id, self._source, key, want.fields, "", place, tokens, length, content, self._cover)
-            self._rows.append(row)
+            self._rows.append(replace(row, made_with=self._made_with))
 
     def commit(
         self,

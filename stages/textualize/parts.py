@@ -14,6 +14,7 @@ from kdpipe.data.ledger import Ledger
 from kdpipe.data.ledger_files import Reject
 from kdpipe.data.ledger_rows import Row
 from kdpipe.stages.base import Context, Wanted
+from kdpipe.stages.environment import environment
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,6 +51,7 @@ class Parts:
     ):
         self._ctx = ctx
         self._tmp = ctx.tmp(stage)
+        self._made_with = environment(ctx, stage).text
         self._to_table = to_table
         self._part_of: dict[tuple[str, str], _Part] = {}
         for start in range(0, len(todo), size):
@@ -85,7 +87,19 @@ class Parts:
         for place, want in enumerate(good):
             record, tokens, content = part.records[want.id, want.source]
             records.append(record)
-            rows.append(Row(want.id, want.source, want.key, want.fields, name, place, tokens, content=content))
+            rows.append(
+                Row(
+                    want.id,
+                    want.source,
+                    want.key,
+                    want.fields,
+                    name,
+                    place,
+                    tokens,
+                    content=content,
+                    made_with=self._made_with,
+                )
+            )
         with build_aside(self._tmp, ".parquet") as path:
             built = {}
             if rows:
@@ -111,7 +125,7 @@ def read_records(ledger: Ledger, samples: Collection[str] | None = None) -> Iter
         path = ledger.parts / row.part
         if row.part != name:
             name, records = row.part, _read_part(path)
-        if row.row >= len(records) or (records[row.row]["id"], records[row.row]["key"]) != (row.id, row.key):
+        if row.row >= len(records) or (records[row.row]["id"], records[row.row]["key"]) != (row.id, row.part_key):
             raise StoreError(f"{path}: row {row.row} is not sample {row.id!r} of the ledger. {_remedy(path)}")
         yield row, records[row.row]
 

@@ -21,6 +21,7 @@ from kdpipe.data.stream import Entry, Stream
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.config import TrainConfig, identity_of
+from kdpipe.stages.environment import environment
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Encoder
 from kdpipe.stages.models.loaded import LoadedModel, load_model
@@ -184,9 +185,9 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
                 move_into_place(beside, place.folder / ADAPTER)
             move_into_place(built, place.folder / SOURCE)
         files = listing(place.folder / SOURCE) + [f"../{ADAPTER}/{file}" for file in listing(place.folder / ADAPTER)]
-        cover = {"files": files}
+        about = {"content": place.identity, "cover": {"files": files}, "made_with": environment(ctx, STAGE.name).text}
         rows = [
-            Row(want.id, SOURCE, want.key, want.fields, SOURCE, 0, targets[want.id].tokens, 0, place.identity, cover)
+            Row(want.id, SOURCE, want.key, want.fields, SOURCE, tokens=targets[want.id].tokens, **about)
             for want in plan.wanted
         ]
         own.commit(rows)

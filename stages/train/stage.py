@@ -14,6 +14,7 @@ from kdpipe.stages.base import Context, StagePlan, Wanted, compare
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
 from kdpipe.stages.config import identity_of
+from kdpipe.stages.environment import environment
 from kdpipe.stages.textualize.stage import SAMPLE_FIELDS, sample_fields
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
 from kdpipe.stages.train.held_out import held_out
@@ -24,7 +25,7 @@ SOURCE, ADAPTER = "student", "adapter"
 _OF_SAMPLE = ("audio", "span", "question", "choices")
 AUDIO = SAMPLE_FIELDS.index("audio")
 """Where the digest of its clips stands in what `sample_fields` gives."""
-_WHAT = ("id", "content", "key")  # the content of what came out, or for want of one its key
+_WHAT = ("id", "content", "held_as", "key")  # the content of what came out, or for want of one the key it was made as
 _APART = (
     "validation_fraction",
     "weights",
@@ -74,7 +75,10 @@ class Train:
         }
         cache = plans[CACHE_TEACHERS.name]
         made = {
-            source: {sample: content or key for sample, content, key in cache.ledger.values(source, *_WHAT)}
+            source: {
+                sample: content or held_as or key
+                for sample, content, held_as, key in cache.ledger.values(source, *_WHAT)
+            }
             for source in needs.sources
         }
         wants = []
@@ -136,7 +140,8 @@ def current_plans(ctx: Context) -> dict[str, StagePlan]:
     """Plans of this stage and of those it reads, as things are on disk now."""
     plans: dict[str, StagePlan] = {}
     for stage in (TEXTUALIZE, CACHE_TEACHERS, STAGE):
-        plans[stage.name] = compare(stage.name, stage.wanted(ctx, plans), ctx.ledger(stage.name))
+        made_with = environment(ctx, stage.name)
+        plans[stage.name] = compare(stage.name, stage.wanted(ctx, plans), ctx.ledger(stage.name), made_with)
     return plans
 
 
