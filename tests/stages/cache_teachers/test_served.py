@@ -6,6 +6,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_vllm_says_what_transformers_says(teacher, config, examples, reference, 
     (folder, alignment), said = teacher, []
     shared = alignment.valid - len(alignment.masked)
     with serve(folder, config, alignment, k=10**6, say=said.append) as served:
-        everything = list(served(iter(examples)))
+        everything: Any = list(served(iter(examples)))
         assert everything[1][1]["ids"].shape == (60, shared)
         assert all((arrays["log_tail"] == -np.inf).all() for _, arrays in everything)
         masked = set(alignment.masked)
@@ -269,7 +270,7 @@ def test_an_engine_that_may_not_be_started_again_says_so(teacher, config, exampl
     # In the dtype of published models, whose output head is widened.
     folder = dataclasses.replace(folder, settings=dataclasses.replace(folder.settings, dtype="bfloat16"))
     with serve(folder, config, alignment, k=8) as served:
-        given = served(examples * 3)
+        given: Any = served(examples * 3)
         example, arrays = next(given)
         assert example.id == "x0" and np.isfinite(arrays["logprob"]).all()
         kill_engines()

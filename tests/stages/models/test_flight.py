@@ -21,7 +21,7 @@ class Life:
     """What stands for vLLM's processes: one engine after another, each with the requests that it was given."""
 
     def __init__(self) -> None:
-        self.llm = SimpleNamespace(
+        self.llm: Any = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=100), abort_request=lambda names: self._end(names)
         )
         self.starts, self.dead, self.inside = 1, False, {}
