@@ -253,17 +253,18 @@ from pathlib import Path
 from kdpipe.stages.config import EngineConfig, ModelConfig
 from kdpipe.stages.miniature.models import make_qwen3
 from kdpipe.stages.miniature.tokenizer import TEXT_SPECIALS, train_tokenizer
-from kdpipe.stages.models.engine import Request, Sampling, open_engine
+from kdpipe.stages.models.engine import Completion, Request, Sampling, open_engine
 from kdpipe.stages.models.folder import resolve
 
 if __name__ == "__main__":
     made = Path(sys.argv[1]) / "model"
     make_qwen3(made, tokenizer=train_tokenizer(["one two three four five six"] * 9, 270, TEXT_SPECIALS))
-    config = EngineConfig(max_model_len=64, max_num_seqs=2, enforce_eager=True, cpu_kv_cache_gib=1)
+    config = EngineConfig(max_model_len=64, max_num_seqs=2, enforce_eager=True, cpu_kv_cache_gib=1, max_restarts=0)
     with open_engine(resolve(ModelConfig(str(made), dtype="float32"), Path()), config, clips=0, seed=0) as engine:
         engine.submit(Request("one two", Sampling(4)))
-        while not engine.step():
+        while not (given := engine.step()):
             pass
+    assert isinstance(given[0][1], Completion), given
 """
 
 

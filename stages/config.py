@@ -82,6 +82,9 @@ class LaunchConfig:
     """No CUDA graphs and no compilation: starts faster, runs slower."""
     cpu_kv_cache_gib: int = bounded(2, 1, how=True)
     """Key-value cache of the CPU build (GiB)."""
+    max_restarts: int = bounded(16, 0, how=True)
+    """Times that an engine which died is started again; one death more ends the run. Restarts that found a sample which
+    kills the engine do not count; finding it among n takes up to log2(n) + 2."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:
@@ -27,3 +29,17 @@ def recordings() -> Path:
     if not RECORDINGS.is_dir():
         pytest.skip("the folder of real recordings, shared/audio, does not lie beside this checkout")
     return RECORDINGS
+
+
+@pytest.fixture(scope="session")
+def kill_engines() -> Callable[[], None]:
+    """Kills the engine cores of vLLM that this process has started, as the system does where memory is short."""
+
+    def kill() -> None:
+        children = psutil.Process().children(recursive=True)
+        killed = [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
+        assert killed
+        for child in killed:
+            child.kill()
+
+    return kill

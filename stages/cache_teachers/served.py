@@ -29,7 +29,7 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,8 @@ import numpy as np
 
 from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.stages.config import EngineConfig, TeachersConfig
-from kdpipe.stages.models.engine import Engine, broken, open_engine
+from kdpipe.stages.models.engine import Engine, open_engine
+from kdpipe.stages.models.flight import ENGINE_DIED
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.inputs import Example
 from kdpipe.stages.models.launch import Scoring
@@ -54,7 +55,9 @@ _MEMORY = (
 
 
 @contextlib.contextmanager
-def serve(folder: ModelFolder, config: TeachersConfig, alignment: Alignment, k: int) -> Iterator[ServedTeacher]:
+def serve(
+    folder: ModelFolder, config: TeachersConfig, alignment: Alignment, k: int, say: Callable[[str], None] = print
+) -> Iterator[ServedTeacher]:
     """Starts vLLM for a textual teacher, and ends it with the block.
 
     `teachers.head_chunk` bounds the positions of one step, and so the logits that are held at once.
@@ -64,6 +67,7 @@ def serve(folder: ModelFolder, config: TeachersConfig, alignment: Alignment, k: 
         config: the `teachers` section: `serve` says how vLLM is started, `max_length` how long a sample can be.
         alignment: ids to normalize over.
         k: entries to keep; more than there are shared ids means all of them.
+        say: prints one line for the user when an engine that died is started again.
 
     Raises:
         ModelError: the tokenizer cannot be used.
@@ -73,7 +77,7 @@ def serve(folder: ModelFolder, config: TeachersConfig, alignment: Alignment, k: 
     # One token more than a sample has: vLLM does not end a request without one.
     launch = EngineConfig(**dataclasses.asdict(config.serve), max_model_len=config.max_length + 1)
     scoring = Scoring(entries=keep.most, batch_tokens=config.head_chunk)
-    with open_engine(folder, launch, clips=0, seed=0, scoring=scoring, memory=_MEMORY) as engine:
+    with open_engine(folder, launch, clips=0, seed=0, scoring=scoring, memory=_MEMORY, say=say) as engine:
         yield ServedTeacher(engine, keep)
 
 
@@ -113,7 +117,7 @@ class _Asked:
 
     example: Example
     entries: int
-    arrays: dict[str, np.ndarray] | None = None
+    arrays: dict[str, np.ndarray] | Rejected | None = None
 
 
 class ServedTeacher:
@@ -123,7 +127,9 @@ class ServedTeacher:
         self.engine = engine
         self.keep = keep
 
-    def __call__(self, examples: Iterable[Example]) -> Generator[tuple[Example, dict[str, np.ndarray]], None, None]:
+    def __call__(
+        self, examples: Iterable[Example]
+    ) -> Generator[tuple[Example, dict[str, np.ndarray] | Rejected], None, None]:
         """Scores the responses of examples, many at once, and gives them back in their order.
 
         Examples are taken from `examples` as there is room: at most `Engine.capacity` of them, twice
@@ -137,10 +143,11 @@ class ServedTeacher:
             Each example, and for its T targets: `ids` int64 [T, K], likeliest first; `logprob` float32 [T, K] (nats);
             `log_z` float32 [T, 1]; `log_tail` float32 [T, 1, 1], -inf where K covers all shared ids. Row t predicts
             `target_ids[t]`. The one temperature is 1. vLLM keeps logits and normalizers to itself, and only
-            differences of `log_z` between temperatures are ever used: here it is 0.
+            differences of `log_z` between temperatures are ever used: here it is 0. In their place stands a `Rejected`
+            for an example that the engine dies of (`engine_died`).
 
         Raises:
-            KdpipeError: the engine died, refused a sample, or gave NaN; names the sample.
+            KdpipeError: the engine died too often, refused a sample, or gave NaN; the latter two name the sample.
         """
         waiting: deque[_Asked] = deque()
         running: dict[str, _Asked] = {}
@@ -188,20 +195,19 @@ class ServedTeacher:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         ids = np.concatenate([asked.example.prompt_ids, asked.example.target_ids]).tolist()
-        try:
-            running[self.engine.ask({"prompt_token_ids": ids}, params)] = asked
-        except Rejected as refused:
-            raise self._error(asked.example, refused.detail) from refused
+        running[self.engine.ask({"prompt_token_ids": ids}, params)] = asked
 
     def _advance(self, running: dict[str, _Asked]) -> None:
         """Waits for the engine's next step, and reads what it finished."""
-        for output in self.engine.finished():
-            asked = running.pop(output.request_id, None)
+        for name, output in self.engine.finished():
+            asked = running.pop(name, None)
             if asked is None:
                 continue
-            refused = broken(output)
-            if refused is not None:
-                raise self._error(asked.example, refused.detail)
+            if isinstance(output, Rejected):
+                if output.reason != ENGINE_DIED:
+                    raise self._error(asked.example, output.detail)
+                asked.arrays = output
+                continue
             ids_TN, logq_TN = _returned(output.prompt_logprobs, asked)
             if not np.isfinite(logq_TN[:, 0]).all() or np.isnan(logq_TN).any():
                 raise self._error(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from kdpipe.data.errors import KdpipeError
+from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.ledger_files import Reject
 from kdpipe.data.store.distributions import narrowed
@@ -263,7 +263,7 @@ def write_served(
     """Makes and commits the parts of a task with vLLM as the teacher; see `served`.
 
     Raises:
-        KdpipeError: vLLM does not start, died, or refused a sample.
+        KdpipeError: vLLM does not start, dies too often, or refused a sample.
     """
     config = ctx.config.teachers
     held = [row for want in task.wants if (row := ledger.get(want.id, want.source)) is not None and row.key == want.key]
@@ -279,11 +279,17 @@ def write_served(
             before = time.perf_counter()
             for part in parts(jobs, config.part_samples):
                 if served is None:
-                    served, before = stack.enter_context(serve(folder, config, needs.alignment, k)), time.perf_counter()
+                    served = stack.enter_context(serve(folder, config, needs.alignment, k, ctx.say))
+                    before = time.perf_counter()
                 shape = Shape(config, part[0].cover, folder.width, folder.layers, needs.alignment, {})
                 recorder.begin(shape)
                 for job, (_, made) in zip(part, served(job.example for job in part), strict=True):
-                    recorder.add([job], partial(_encoded, shape, made))
+                    if isinstance(made, Rejected):
+                        recorder.wait()
+                        (want,) = job.wants
+                        ledger.commit(rejects=[Reject(want.id, want.source, want.key, made.reason, made.detail)])
+                    else:
+                        recorder.add([job], partial(_encoded, shape, made))
                     bar.update()
                 recorder.commit([], dict)
             recorder.wait()

@@ -37,7 +37,7 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
         todo: what to make; never empty.
 
     Raises:
-        KdpipeError: a model cannot be used, or vLLM does not start or dies.
+        KdpipeError: a model cannot be used, or vLLM does not start, or dies too often.
     """
     for source in (BASE, STUDENT):
         wants = [want for want in todo if want.source == source]
@@ -139,7 +139,7 @@ def _answer_all(ctx: Context, source: str, wants: Sequence[Wanted]) -> None:
     clips = max(len(unit.sample.audio) for unit in units)
     ctx.say(f"{STAGE.name}: starting vLLM with the {source} model")
     with (
-        open_engine(folder, config.engine, clips=clips, seed=config.seed) as engine,
+        open_engine(folder, config.engine, clips=clips, seed=config.seed, say=ctx.say) as engine,
         progress(len(units), f"{STAGE.name} {source}", "sample") as bar,
     ):
         answers = _Answers(ctx, parts, engine, bar)

@@ -1,21 +1,28 @@
-"""How vLLM is started, and ended."""
+"""How vLLM is started, started anew, and ended."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.config import EngineConfig
+from kdpipe.stages.models import reaper
 from kdpipe.stages.models.folder import ModelFolder
 
 MEMORY = "engine.max_num_seqs, engine.max_model_len or engine.gpu_memory_utilization (CPU: engine.cpu_kv_cache_gib)"
 """Keys to lower where memory runs out, of an engine that generates."""
+LIVENESS_SECONDS = 1.0
+"""How long vLLM is waited for before its processes are looked at."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,60 @@ class Scoring:
 
     entries: int
     batch_tokens: int
+
+
+class Launched:
+    """vLLM with all its processes, one engine after another; a context manager, after which nothing of it is left.
+
+    Args:
+        start: starts an engine.
+    """
+
+    def __init__(self, start: Callable[[], Any]):
+        self._start = start
+        self._mark = uuid.uuid4().hex
+        self.llm: Any = None
+
+    def __enter__(self) -> Launched:
+        self._watcher = reaper.watch(self._mark)
+        os.environ[reaper.MARK] = self._mark
+        try:
+            self.renew()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._end()
+        finally:
+            os.environ.pop(reaper.MARK, None)
+            self._watcher.kill()
+            self._watcher.wait()
+
+    def renew(self) -> None:
+        """Starts an engine, after the end of the one before and of all its processes.
+
+        Raises:
+            KdpipeError: vLLM does not start.
+        """
+        self._end()
+        self.llm = self._start()
+
+    def signals(self) -> str:
+        """How the engine's process ended where a signal ended it, as ` (signal 9)`; else nothing."""
+        processes = self.llm.engine_core.resources.engine_manager.processes
+        codes = {process.exitcode for process in processes}
+        return "".join(f" (signal {-code})" for code in sorted(code for code in codes if code is not None and code < 0))
+
+    def _end(self) -> None:
+        try:
+            stop(self.llm)
+        finally:
+            reaper.end(self._mark)
+        self.llm = None
+        gc.collect()
 
 
 def start(
@@ -72,13 +133,24 @@ def start(
             use_tqdm_on_load=level in ("INFO", "DEBUG"),
             **settings,
         )
-        return LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+        llm = LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+        _await_first_answer(llm)
+        return llm
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise KdpipeError(
             f"{folder.name}: vLLM could not start the model in {folder.path}: {reason}\n"
             f"Messages of the engine stand above, more with KDPIPE_VLLM_LOG=info. If it is memory: lower {memory}."
         ) from error
+
+
+def _await_first_answer(llm: Any) -> None:
+    """Asks what vLLM asks with the first request; there it waits without end where the engine is dead by then."""
+    asking = Thread(target=llm.get_supported_tasks, daemon=True)
+    asking.start()
+    while asking.is_alive():
+        llm.engine_core.ensure_alive()
+        asking.join(LIVENESS_SECONDS)
 
 
 def _scoring_settings(config: EngineConfig, scoring: Scoring) -> dict[str, Any]:

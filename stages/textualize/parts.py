@@ -15,6 +15,7 @@ from kdpipe.data.ledger_files import Reject
 from kdpipe.data.ledger_rows import Row
 from kdpipe.stages.base import Context, Wanted
 from kdpipe.stages.environment import environment
+from kdpipe.stages.models.flight import ENGINE_DIED
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,9 +67,13 @@ class Parts:
         self._close(part)
 
     def reject(self, want: Wanted, rejected: Rejected) -> None:
-        """Takes a rejection."""
+        """Takes a rejection; one that was dear to find is committed at once, so that it is not looked for again."""
         part = self._part_of[want.id, want.source]
-        part.rejects.append(Reject(want.id, want.source, want.key, rejected.reason, rejected.detail))
+        reject = Reject(want.id, want.source, want.key, rejected.reason, rejected.detail)
+        part.rejects.append(reject)
+        if reject.reason == ENGINE_DIED:
+            self._ctx.recheck([self._ctx.manifest.by_id[want.id]])
+            self.ledger.commit(rejects=[reject])
         self._close(part)
 
     def _close(self, part: _Part) -> None:

@@ -38,7 +38,7 @@ def run(ctx: Context, todo: Sequence[Wanted]) -> None:
         todo: what to make; never empty.
 
     Raises:
-        KdpipeError: a model cannot be used, or vLLM does not start or dies.
+        KdpipeError: a model cannot be used, or vLLM does not start, or dies too often.
     """
     config = ctx.config.textualize
     samples = ctx.manifest.by_id
@@ -133,7 +133,8 @@ class _Work:
             if folder is not None:
                 clips = max(len(unit.sample.audio) for unit in units) if folder.hears else 0
                 self._ctx.say(f"{STAGE_NAME}: starting vLLM with {folder.name}")
-                opened = open_engine(folder, self._config.engine, clips=clips, seed=self._config.seed)
+                config, say = self._config, self._ctx.say
+                opened = open_engine(folder, config.engine, clips=clips, seed=config.seed, say=say)
                 engine = stack.enter_context(opened)
             self._bar = stack.enter_context(progress(len(units), STAGE_NAME, "sample"))
             drive(engine, units, prepare=prepare, advance=advance, reject=self._reject)

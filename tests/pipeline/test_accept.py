@@ -57,7 +57,7 @@ def contents(request: Request) -> dict[str, bytes]:
 
 
 def test_the_names_of_stages_are_those_there_are() -> None:
-    assert STAGE_NAMES == tuple(STAGES)
+    assert tuple(STAGES) == STAGE_NAMES
 
 
 def test_what_is_accepted_is_fresh_and_used(request_: Request) -> None:

@@ -1,19 +1,19 @@
 """A teacher that vLLM runs: its arithmetic against float64, and vLLM against transformers on the same weights."""
 
 import dataclasses
-import os
+import re
 import shutil
-import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdpipe.data.errors import KdpipeError
+from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.stages.cache_teachers.head import distribution
 from kdpipe.stages.cache_teachers.served import Keep, ServedTeacher, distil, serve
 from kdpipe.stages.config import LaunchConfig, ModelConfig, TeachersConfig, TextualTeacherConfig
@@ -225,11 +225,11 @@ def check(given, theirs, keep):
 
 
 @pytest.mark.vllm
-def test_vllm_says_what_transformers_says(teacher, config, examples, reference):
-    folder, alignment = teacher
+def test_vllm_says_what_transformers_says(teacher, config, examples, reference, kill_engines):
+    (folder, alignment), said = teacher, []
     shared = alignment.valid - len(alignment.masked)
-    with serve(folder, config, alignment, k=10**6) as served:
-        everything = list(served(iter(examples)))
+    with serve(folder, config, alignment, k=10**6, say=said.append) as served:
+        everything: Any = list(served(iter(examples)))
         assert everything[1][1]["ids"].shape == (60, shared)
         assert all((arrays["log_tail"] == -np.inf).all() for _, arrays in everything)
         masked = set(alignment.masked)
@@ -250,22 +250,64 @@ def test_vllm_says_what_transformers_says(teacher, config, examples, reference):
         begun.close()
         assert len(taken) <= 3 + 1 + served.engine.capacity
         check(list(few(examples[:3])), reference(8)[:3], few.keep)
+        assert not said
+
+        # Killed with requests in it: what was given stays given, and the rest follows.
+        begun = few(examples)
+        first = next(begun)
+        kill_engines()
+        check([first, *begun], reference(8), few.keep)
+        assert re.search(r"died \(signal 9\) with \d samples in it, .* Starting it again \(1 of 16\)", said[0]), said
 
         with pytest.raises(KdpipeError, match=r"sample long: .*401 tokens"):
             list(few([Example("long", [1] * 300, [1] * 102)]))
 
 
 @pytest.mark.vllm
-def test_an_engine_that_dies_says_so(teacher, config, examples):
+def test_an_engine_that_may_not_be_started_again_says_so(teacher, config, examples, kill_engines):
     folder, alignment = teacher
+    config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, max_restarts=0))
     # In the dtype of published models, whose output head is widened.
     folder = dataclasses.replace(folder, settings=dataclasses.replace(folder.settings, dtype="bfloat16"))
     with serve(folder, config, alignment, k=8) as served:
-        given = served(examples * 3)
+        given: Any = served(examples * 3)
         example, arrays = next(given)
         assert example.id == "x0" and np.isfinite(arrays["logprob"]).all()
-        for child in psutil.Process().children(recursive=True):
-            if "EngineCore" in " ".join(child.cmdline()) or "EngineCore" in child.name():
-                os.kill(child.pid, signal.SIGKILL)
-        with pytest.raises(KdpipeError, match=r"the vLLM engine died.*teachers.serve.max_num_seqs"):
+        kill_engines()
+        with pytest.raises(KdpipeError, match=r"the vLLM engine died.*max_restarts is 0.*teachers.serve.max_num_seqs"):
             list(given)
+
+
+def test_an_example_that_the_engine_dies_of_is_given_back_in_its_place(examples):
+    """With an engine that answers in any order; what it refuses is an error."""
+
+    class Backwards:
+        capacity, encoder = 3, SimpleNamespace(folder=SimpleNamespace(name="teacher"))
+
+        def __init__(self, reason):
+            self.reason, self.asked = reason, []
+
+        def ask(self, prompt, params):
+            self.asked.append(str(len(prompt["prompt_token_ids"])))
+            return self.asked[-1]
+
+        def finished(self):
+            name = self.asked.pop()
+            if name == "33":
+                return [(name, Rejected(self.reason, "of all reasons"))]
+            flat = SimpleNamespace(start_indices=[0] * 400, token_ids=[0, 0, 1, 2], logprobs=[0.0, -0.1, -3.0, -4.0])
+            return [(name, SimpleNamespace(prompt_logprobs=flat))]
+
+        def forget(self, names):
+            self.asked = [name for name in self.asked if name not in names]
+
+    keep = Keep.of(3, Alignment(3, ()), 3)
+    taken = [dataclasses.replace(example, target_ids=np.zeros(1, int)) for example in examples[5:8]]
+    taken = [dataclasses.replace(e, prompt_ids=np.zeros(n, int)) for e, n in zip(taken, (5, 32, 9), strict=True)]
+    given = list(ServedTeacher(Backwards("engine_died"), keep)(taken))
+    assert [example for example, _ in given] == taken
+    assert [isinstance(arrays, Rejected) for _, arrays in given] == [False, True, False]
+    refusing = Backwards("engine_refused")
+    with pytest.raises(KdpipeError, match="sample x6: of all reasons"):
+        list(ServedTeacher(refusing, keep)(taken))
+    assert refusing.asked == []

@@ -2,17 +2,19 @@
 
 import dataclasses
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from kdpipe.data.errors import KdpipeError
+from kdpipe.data.errors import KdpipeError, Rejected
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.store.distributions import Layout
 from kdpipe.stages.base import Wanted
 from kdpipe.stages.cache_teachers import record, teach
 from kdpipe.stages.cache_teachers.capture import Job
+from kdpipe.stages.cache_teachers.served import Keep, distil
 from kdpipe.stages.cache_teachers.stage import STAGE
 from kdpipe.stages.config import LayersConfig, WeightsConfig
 from kdpipe.stages.models.inputs import Example
@@ -235,6 +237,43 @@ def test_vllm_as_the_textual_teacher_fills_the_same_store(begin, tmp_path):
         assert np.nanmin(lost) > -1e-3 and np.nanmax(lost) < 0.07
         assert (np.nanmax(lost, 1) - np.nanmin(lost, 1)).max() < 6e-3, "float16 of numbers near -5"
         np.testing.assert_allclose(np.exp(found.log_tail), np.exp(true.log_tail), atol=5e-3)
+
+
+@pytest.mark.parametrize("part_samples", [1, 4])
+def test_a_sample_that_the_engine_dies_of_is_rejected_and_the_others_are_cached(
+    begin, tmp_path, monkeypatch, part_samples
+):
+    committed = []
+
+    @contextmanager
+    def serve(folder, config, alignment, k, say):
+        keep = Keep.of(folder.head_rows, alignment, k)
+        ids = np.flatnonzero(keep.is_shared)[: keep.first]
+        logq = np.log(np.linspace(2, 1, keep.first) / 2 / keep.first)
+
+        def score(examples):
+            for example in examples:
+                rows = len(example.target_ids)
+                made = distil(np.tile(ids, (rows, 1)), np.tile(logq, (rows, 1)), keep)
+                yield example, Rejected("engine_died", "alone") if example.id == "s3" else made
+                if example.id == "s3":
+                    # At once, whatever becomes of the part.
+                    committed.extend(run.ledger.rejects())
+
+        yield score
+
+    monkeypatch.setattr(teach, "serve", serve)
+    run = begin(tmp_path, weights=TOP_ONLY, k=12, temperatures=(), part_samples=part_samples)
+    textual = dataclasses.replace(run.ctx.config.teachers.textual, engine="vllm")
+    run = run.again(teachers=run.teachers(textual=textual))
+    plan = run.bring_up()
+    assert plan.rejected == {("s3", "textual")}
+    assert {pair[0] for pair in plan.fresh if pair[1] == "textual"} == {"s1", "s2", "s4"}
+    assert [(reject.id, reject.reason, reject.detail) for reject in committed] == [("s3", "engine_died", "alone")]
+    assert run.said[-1] == "cache-teachers: 3 samples are cached, 1 rejected"
+    for sample in ("s1", "s2", "s4"):
+        part, row = run.store.get(sample, "textual")
+        assert len(part.distribution(row, "top").ids) == run.ledger.get(sample, "targets").tokens
 
 
 def test_states_of_the_textual_teacher_through_a_basis(begin, tmp_path):

@@ -67,6 +67,19 @@ def test_a_part_is_committed_when_its_last_sample_is_done_in_the_order_of_todo(c
     assert not list(ctx.tmp("textualize").glob("*.parquet"))
 
 
+def test_a_rejection_that_was_dear_to_find_is_committed_at_once(ctx):
+    todo = wants("a", "b", "c")
+    parts = make(ctx, todo, 3)
+    finish(parts, todo[0])
+    parts.reject(todo[1], Rejected("engine_died", "twice"))
+    ledger = ctx.ledger("textualize")
+    assert [(reject.id, reject.reason) for reject in ledger.rejects()] == [("s1", "engine_died")]
+    assert not list(ledger.rows())
+    finish(parts, todo[2])
+    ledger = ctx.ledger("textualize")
+    assert {row.id for row in ledger.rows()} == {"s0", "s2"} and len(list(ledger.rejects())) == 1
+
+
 def test_the_same_work_gives_the_same_names_and_another_sample_another(ctx):
     names = []
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from kdpipe.stages.config import (
     TextualTeacherConfig,
     TraceConfig,
 )
+from kdpipe.stages.models.engine import Engine
 from kdpipe.stages.textualize import run as run_module
 from kdpipe.stages.textualize.stage import STAGE
 from kdpipe.stages.textualize.table import TraceRow, read_traces
@@ -133,10 +135,8 @@ def test_good_samples_get_descriptions_and_traces(heard):
 def test_rows_tell_how_they_were_made(heard):
     ledger = heard.ledger("textualize")
     assert sorted(row.part for row in ledger.rows())
-    records = {}
-    for part in ledger.parts.iterdir():
-        records |= {record["id"]: record for record in pq.read_table(part).to_pylist()}
-    written, given = records["written"], records["given"]
+    made = records(heard)
+    written, given = made["written"], made["given"]
     assert (written["finish_reason"], written["candidate"]) == ("stop", 0)
     assert written["trace_prompt_tokens"] > 25
     assert written["trace_completion_tokens"] > 10
@@ -144,13 +144,13 @@ def test_rows_tell_how_they_were_made(heard):
     assert written["trace_model"] == heard.config.student.model.path
     assert json.loads(written["sampling"])["trace"]["candidates"] == 2
     assert (given["finish_reason"], given["trace_model"], given["sampling"]) == (None, None, None)
-    assert records["pair"]["audio_samples"] == [16_000, 32_000]
-    assert records["pair"]["audio_rate"] == 16_000
-    assert records["pair"]["audio_seconds"] == 3.0
+    assert made["pair"]["audio_samples"] == [16_000, 32_000]
+    assert made["pair"]["audio_rate"] == 16_000
+    assert made["pair"]["audio_seconds"] == 3.0
     row = ledger.get("written", "trace")
     assert row is not None
     assert row.tokens == written["trace_completion_tokens"]
-    assert len({row.content for row in ledger.rows()}) == len(records)
+    assert len({row.content for row in ledger.rows()}) == len(made)
 
 
 @pytest.mark.vllm
@@ -175,6 +175,40 @@ def test_a_second_run_has_nothing_to_do_and_no_file_is_left(heard):
     assert bring_up_to_date(heard) == 0
     assert not list(heard.tmp("textualize").glob("*.*l*"))
     assert not heard.ledger("textualize").unreferenced_parts()
+
+
+@pytest.mark.vllm
+def test_a_sample_that_kills_the_engine_is_rejected_and_the_others_come_out_the_same(
+    tmp_path, family, heard, monkeypatch, kill_engines
+):
+    write_clips(tmp_path)
+    rows = [json.loads(line) for line in (heard.base / "manifest.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["id"] in ("written", "free")]
+    poison = {"id": "poison", "audio": "low.wav", "question": "Poison?", "description": "two tones"}
+    write_rows(tmp_path, [*rows, poison])
+    said: list[str] = []
+    ctx = dataclasses.replace(context(tmp_path, family), say=said.append)
+    put = Engine._put
+
+    def put_and_kill(engine: Engine, name: str, prompt: Any, params: Any) -> bool:
+        is_sent = put(engine, name, prompt, params)
+        if is_sent and "Poison?" in prompt["prompt"]:
+            kill_engines()
+        return is_sent
+
+    monkeypatch.setattr(Engine, "_put", put_and_kill)
+    assert bring_up_to_date(ctx) == 3
+    assert reasons(ctx) == {"poison": "engine_died"}
+    assert records(ctx) == {name: row for name, row in records(heard).items() if name in ("written", "free")}
+    assert 2 <= len(said) - 1 <= 3
+    assert all("the vLLM engine died (signal 9) with" in line and "Starting it again" in line for line in said[1:])
+    assert bring_up_to_date(ctx) == 0
+
+
+def records(ctx: Context) -> dict[str, dict[str, Any]]:
+    """All that the parts of a run hold, by sample."""
+    parts = ctx.ledger(STAGE.name).parts.iterdir()
+    return {record["id"]: record for part in parts for record in pq.read_table(part).to_pylist()}
 
 
 @pytest.mark.vllm
