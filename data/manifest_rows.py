@@ -153,8 +153,9 @@ def _dataset_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[st
     import datasets
 
     try:
-        if leaves := [name for name in _named_files(path) if name != os.path.basename(name)]:
-            problems.add(str(path), f"names {leaves[0]!a}, which does not lie in it: save the dataset anew")
+        outside = next((name for name in _named_files(path) if name != os.path.basename(name)), None)
+        if outside is not None:
+            problems.add(str(path), f"names {outside!a}, which does not lie in it: save the dataset anew")
             return
         loaded = datasets.load_from_disk(str(path))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {None: loaded}

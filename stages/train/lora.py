@@ -19,7 +19,7 @@ from torch import nn
 
 from kdpipe.stages.config import LoraConfig
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.train.card import plain
+from kdpipe.stages.train.card import fenced, plain
 from kdpipe.stages.train.lora_targets import Linear, adapted_layers
 
 _NAME = "default"  # of the adapter in peft

@@ -139,7 +139,7 @@ _ENDLESS = (
     "\tdata: {leaf}\n",
     "data: {leaf}\n...\n%\n",
     "layers: {{map: {{99999999999999999999999999999: {leaf}}}}}\n",
-    "layers: {{map: {{" + "9" * 5000 + ": {leaf}}}}}\n",
+    "layers: {{map: {{" + "9" * 1000 + ": {leaf}}}}}\n",
 )
 
 
