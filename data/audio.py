@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from fractions import Fraction
 from io import BytesIO
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -75,7 +75,7 @@ def decode(
         stated = _states_length(stream)
         _check_beginning(stream, ref.name)
         try:
-            file = soundfile.SoundFile(_Seeking(stream))
+            file = soundfile.SoundFile(cast(BinaryIO, _Seeking(stream)))
         except soundfile.SoundFileError as error:
             raise Rejected(
                 "audio_unreadable", f"{ref.name} is not audio that libsndfile reads: {_text(error)}"

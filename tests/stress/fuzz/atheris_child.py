@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["kdpipe", "yaml", "csv"]):
+with atheris.instrument_imports(include=["kdpipe", "yaml", "csv"]):  # type: ignore[attr-defined]
     from kdpipe.data.audio import decode
     from kdpipe.data.cota import TraceSchema
     from kdpipe.data.errors import ConfigError, ManifestError, Rejected
