@@ -1,9 +1,10 @@
 """Decode one clip to mono samples at the model's rate, or say why it cannot be used.
 
-What a file is, its content decides, never its name. libsndfile reads it (WAV, FLAC, OGG, MP3 and more), in blocks and
-no further than the clip may reach, so that memory is bounded whatever a header claims. Two silences of libsndfile are
-made up for: a WAV or AIFF file that was cut is read as a shorter one, and so is an OGG file; both are found in the
-container itself. In formats other than WAV, AIFF, FLAC, OGG and MP3 a missing end cannot be told.
+What a file is, its content decides, never its name. libsndfile reads it (WAV, W64, RF64, AIFF, AU, CAF, FLAC, OGG and
+MP3; files of other formats are refused), in blocks and no further than the clip may reach, so that memory
+is bounded whatever a header claims. Two silences of libsndfile are made up for: a WAV or AIFF file that was cut is read
+as a shorter one, and so is an OGG file; both are found in the container itself. In W64, RF64, AU and CAF a missing end
+cannot be told.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from fractions import Fraction
 from io import BytesIO
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -35,7 +36,10 @@ MIN_SECONDS = 0.1
 RANGE_SLACK = 0.05
 """Seconds by which `end` may pass the clip's end, which is then the end: manifests hold rounded numbers."""
 
+_FORMATS = frozenset(("WAV", "WAVEX", "W64", "RF64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"))  # of libsndfile
+_BEGINNINGS = (b"RIFF", b"RIFX", b"riff", b"RF64", b"FORM", b".snd", b"dns.", b"caff", b"fLaC", b"OggS")
 _RATES = (1_000, 768_000)  # Hz; a header outside states no rate of sound, and the resampling ratio would degenerate
+_CHANNELS = 16  # of the longest clip; shorter ones may have more. A small file can hold hours of 255 silent channels
 _BLOCK = 1 << 20  # samples over all channels that are decoded at a time
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile's answer (its largest integer) when a file does not state its length
 _STREAMED_BYTES = 0x7FFFF000  # sizes from here on are what writers to a pipe put into a RIFF header
@@ -69,13 +73,16 @@ def decode(
             raise Rejected("audio_empty", f"{ref.name} holds no bytes")
         _check_complete(stream, size, ref.name)
         stated = _states_length(stream)
+        _check_beginning(stream, ref.name)
         try:
-            file = soundfile.SoundFile(stream)
+            file = soundfile.SoundFile(cast(BinaryIO, _Seeking(stream)))
         except soundfile.SoundFileError as error:
             raise Rejected(
                 "audio_unreadable", f"{ref.name} is not audio that libsndfile reads: {_text(error)}"
             ) from error
         with file:
+            if file.format not in _FORMATS:
+                raise _unknown(ref.name)
             samples = _read_range(file, ref.name, stated=stated, start=start, end=end, max_seconds=max_seconds)
             # libsndfile stops where it took the end to be; what is left may be tags, but not this much.
             if not stated and end is None and stream.tell() < size - 2048:
@@ -147,8 +154,11 @@ def _read_range(
         raise Rejected("audio_unreadable", f"{name} does not state its length: write it again, not through a pipe")
     first, last = _frame_range(name, file.frames, rate, start, end)
     wanted = last - first
-    if wanted > round(max_seconds * rate):
+    if wanted - 0.5 > max_seconds * rate:
         raise Rejected("audio_too_long", f"{name}: {wanted / rate:.2f} s, and {max_seconds:g} s are allowed")
+    if wanted * file.channels > _CHANNELS * max_seconds * rate:
+        text = f"{name}: {file.channels} channels of {wanted / rate:.2f} s, more than {_CHANNELS} of {max_seconds:g} s"
+        raise Rejected("audio_too_long", text)
 
     samples, got = np.empty(wanted, np.float32), 0
     buffer = np.empty((max(1, min(wanted, _BLOCK // file.channels)), file.channels), np.float32)
@@ -255,6 +265,38 @@ def _states_length(stream: BinaryIO) -> bool:
     stream.seek(0)
     is_mpeg = head[:3] == b"ID3" or (len(first) > 1 and first[0] == 0xFF and first[1] & 0xE0 == 0xE0)
     return not is_mpeg or any(tag in first for tag in (b"Xing", b"Info", b"VBRI"))
+
+
+def _check_beginning(stream: BinaryIO, name: str) -> None:
+    """Keep what is no sound in one of the known formats from libsndfile. The stream is left at its begin.
+
+    Raises:
+        Rejected: `audio_unreadable`.
+    """
+    head = stream.read(4)
+    stream.seek(0)
+    if not (head.startswith((*_BEGINNINGS, b"ID3")) or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0)):
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> Rejected:
+    return Rejected("audio_unreadable", f"{name} is not WAV, W64, AIFF, AU, CAF, FLAC, OGG or MP3: convert it to FLAC")
+
+
+class _Seeking:
+    """A stream that stays where it is when libsndfile seeks before its begin, as damaged headers make it.
+
+    soundfile would print the error's traceback, since it cannot be raised through C.
+    """
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        self.tell, self.read, self.readinto = stream.tell, stream.read, stream.readinto  # type: ignore[attr-defined]
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with contextlib.suppress(OSError, ValueError, OverflowError):
+            return self._stream.seek(offset, whence)
+        return self._stream.tell()
 
 
 def _resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def read_rejects(path: Path) -> list[Reject]:
     try:
         rejects = [Reject(**row) for row in table.to_pylist()]
         found = digest(rejects)
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(str(error)) from None
     if (table.schema.metadata or {}).get(_CHECKSUM) != found.encode():
         raise ValueError("its rows do not match their digest")

@@ -10,6 +10,7 @@ What `kdpipe status` needs does without `pa.array` and `to_numpy`, which import 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -131,7 +132,9 @@ class Rows:
                     raise ValueError(f"{manifest}: not a manifest: {error}") from None
 
             rows = cls(core, load)
-            _ = rows._covers
+            for name, _ in rows.parts():
+                if name != os.path.basename(name) or name in ("", ".", ".."):
+                    raise ValueError(f"{name!r} is no name of a part")
         except (KeyError, OSError, TypeError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"not a manifest: {error}") from None
         return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -51,16 +52,16 @@ def read_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, A
         the types of JSON, and bytes; blank cells of a CSV file are None.
     """
     readers = {".jsonl": _jsonl_rows, ".json": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    reader = _dataset_rows if path.is_dir() else readers.get(path.suffix.lower())
-    if not path.exists():
-        problems.add(str(path), "no such manifest")
-    elif reader is None:
-        problems.add(str(path), "unknown format: use .jsonl, .csv, .parquet or a Hugging Face dataset folder")
-    else:
-        try:
+    try:
+        reader = _dataset_rows if path.is_dir() else readers.get(path.suffix.lower())
+        if not path.exists():
+            problems.add(str(path), "no such manifest")
+        elif reader is None:
+            problems.add(str(path), "unknown format: use .jsonl, .csv, .parquet or a Hugging Face dataset folder")
+        else:
             yield from reader(path, problems)
-        except OSError as error:
-            problems.add(str(path), f"cannot be read: {error}")
+    except OSError as error:
+        problems.add(str(path), f"cannot be read: {error}")
 
 
 def _jsonl_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -141,7 +142,7 @@ def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[st
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path.name} row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError, LookupError) as error:  # also a cell that is no text
         problems.add(path.name, f"is not Parquet that can be read (behind row {number}): {error}")
 
 
@@ -152,6 +153,10 @@ def _dataset_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[st
     import datasets
 
     try:
+        outside = next((name for name in _named_files(path) if name != os.path.basename(name)), None)
+        if outside is not None:
+            problems.add(str(path), f"names {outside!a}, which does not lie in it: save the dataset anew")
+            return
         loaded = datasets.load_from_disk(str(path))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {None: loaded}
         for split, dataset in splits.items():
@@ -174,8 +179,18 @@ def _dataset_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[st
                     if split is not None:
                         row.setdefault("split", str(split))
                     yield f"{name} row {number}", row
-    except (ValueError, KeyError, TypeError) as error:  # what `datasets` raises for a damaged folder
+    except Exception as error:  # of a damaged folder `datasets` raises whatever its parts do
         problems.add(str(path), f"is not a dataset that can be read: {error}")
+
+
+def _named_files(dataset: Path) -> Iterator[str]:
+    """Names of the folders and files that a saved dataset says it consists of."""
+    splits = dataset / "dataset_dict.json"
+    names = json.loads(splits.read_text(encoding="utf-8"))["splits"] if splits.is_file() else ["."]
+    for name in names:
+        yield name
+        state = json.loads((dataset / os.path.basename(name) / "state.json").read_text(encoding="utf-8"))
+        yield from (file["filename"] for file in state["_data_files"])
 
 
 def _good_header(columns: list[str], where: str, problems: Problems) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import shlex
 import sys
@@ -45,7 +46,7 @@ class _Group(_Commands):
             time.sleep(_LEAVE_LATER_SECONDS)
             sys.exit(2)
         except KdpipeError as error:
-            lines = str(error).splitlines() or [type(error).__name__]
+            lines = [_printable(line) for line in str(error).splitlines()] or [type(error).__name__]
             head = f"Error: {len(lines)} problems:\n  " if len(lines) > 1 else "Error: "
             click.echo(head + "\n  ".join(lines), err=True)
             sys.exit(2)
@@ -61,6 +62,13 @@ class _Group(_Commands):
 
             click.echo(f"Error: {unforeseen(error)}", err=True)
             sys.exit(1)
+
+
+def _printable(text: str) -> str:
+    """What manifests, models and messages of libraries say, with what a terminal would obey escaped."""
+    from kdpipe.pipeline.terminal import printable
+
+    return printable(text)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -80,6 +88,8 @@ def main() -> None:
 
     Only what is stale runs again, sample by sample.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does: names of files may be no valid Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +151,7 @@ def check(config_file: Path, overrides: tuple[str, ...]) -> None:
     from kdpipe.pipeline.check import check as run_check
 
     for line in run_check(_request(config_file, overrides).context()).lines:
-        click.echo(line)
+        click.echo(_printable(line))
     click.echo("No problems found.")
 
 
@@ -310,19 +320,17 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample:
             import json
 
             names = ("stage", "source", "state", "reason")
-            click.echo(
-                json.dumps([dict(zip(names, line, strict=True)) for line in lines], indent=2, ensure_ascii=False)
-            )
+            click.echo(json.dumps([dict(zip(names, line, strict=True)) for line in lines], indent=2))
         else:
             for stage, source, state, reason in [("stage", "source", "state", "why"), *lines]:
-                click.echo(f"{stage:<15}{source:<14}{state:<9} {reason}")
+                click.echo(_printable(f"{stage:<15}{source:<14}{state:<9} {reason}"))
         sys.exit(0 if all(line[2] in ("fresh", "rejected") for line in lines) else 1)
     recalled = recall(ctx)
     statuses = look(ctx).keep() if recalled is None else recalled.statuses
     if as_json:
         import json
 
-        click.echo(json.dumps({"stages": [status.as_json() for status in statuses]}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps({"stages": [status.as_json() for status in statuses]}, indent=2))
     else:
         _print_table(statuses)
         unfinished = [status.name for status in statuses if status.state != "fresh"]
@@ -341,7 +349,7 @@ def _print_table(statuses: Sequence[StageStatus]) -> None:
         state = click.style(f"{status.state:<9}", fg=color[status.state])
         click.echo(f"{status.name:<15}{state}{status.total:>9}{status.fresh:>9}{status.stale:>9}{status.rejected:>10}")
         for reason in status.reasons:
-            click.echo(f"    {reason}")
+            click.echo(f"    {_printable(reason)}")
 
 
 @main.group(cls=_Commands)
@@ -438,7 +446,7 @@ def accept(stages: tuple[str, ...], config_file: Path, overrides: tuple[str, ...
     from kdpipe.pipeline.accept import accept as accept_stages
 
     for line in accept_stages(_request(config_file, overrides), stages, dry_run=dry_run):
-        click.echo(line)
+        click.echo(_printable(line))
 
 
 @main.command()

@@ -29,6 +29,8 @@ _PROMPT_FIELDS = {
     "textualize.trace.prompt": ("description", "question", "choices"),
     "teachers.textual.prompt": ("description", "question", "choices"),
 }
+_DEEPEST = 20
+"""Names joined by dots in a `--set`; the deepest section has four."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -67,8 +69,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def _override(root: Node, override: str, problems: list[str]) -> Node:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
-        problems.append(f"--set {override}: write section.key=value")
+    if not equals or not all(parts) or len(parts) > _DEEPEST:
+        problems.append(f"--set {override[:100]}: write section.key=value")
         return root
     try:
         value = parse(text, f"--set {key}", line=0) if text.strip() else Node(None, 0)
@@ -136,7 +138,7 @@ def _bind_mapping(arguments: tuple[Any, ...], node: Node, key: str, name: str, p
     result = {}
     for text, item in node.value.items():
         place = f"{_where(name, item)}: {key}.{text}"
-        if arguments[0] is int and not (text.isascii() and text.isdecimal()):
+        if arguments[0] is int and not (text.isascii() and text.isdecimal() and len(text) < 19):
             problems.append(f"{place}: expected a whole number as key")
             continue
         known = typing.get_args(arguments[0])
@@ -186,6 +188,8 @@ def _out_of_bounds(field: dataclasses.Field[Any], value: Any, at: str) -> list[s
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {_number(low)}" if high is None else f"from {_number(low)} to {_number(high)}"
         return [f"{at}: {_number(value)} is out of range; it must be {bounds}"]
+    if isinstance(value, int) and value >= 1 << 63:
+        return [f"{at}: {_number(value)} is out of range; it must be below 2^63"]
     return []
 
 

@@ -67,7 +67,7 @@ def _holder(handle: int) -> str:
             text = f"process {entry['pid']} on {entry['host']}"
             if entry["host"] != socket.gethostname() or psutil.pid_exists(entry["pid"]):
                 return text
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError):
             text = "its process number is not known"
         if time.monotonic() > deadline:
             return text

@@ -21,6 +21,7 @@ from kdpipe.pipeline.lock_file import write_lock_file
 from kdpipe.pipeline.memory import refuse_training_that_does_not_fit
 from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, status_of, upstream
 from kdpipe.pipeline.recall import look, recall
+from kdpipe.pipeline.terminal import printable
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.evaluate.scores import assemble, assembled
 
@@ -137,7 +138,8 @@ def refuse_stale(status: StageStatus, why: str = "--only was given", else_: str 
 
 
 def _headline(status: StageStatus) -> str:
-    return f"{status.name}: {status.stale} of {status.total} samples to do ({'; '.join(status.reasons)})"
+    reasons = printable("; ".join(status.reasons))
+    return f"{status.name}: {status.stale} of {status.total} samples to do ({reasons})"
 
 
 def _check_budget(ctx: Context, plan: StagePlan) -> None:

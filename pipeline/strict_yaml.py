@@ -26,7 +26,8 @@ _PLAIN = {
 
 
 _TAGS = frozenset((*_PLAIN, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))))
-_MOST_NODES = 100_000
+_MOST_NODES = 10_000
+_DEEPEST = 40
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,6 +45,15 @@ def _is_plain(tag: str, text: str) -> bool:
     if tag.endswith(":float"):
         patterns.append(_PLAIN["tag:yaml.org,2002:int"])
     return not patterns or any(pattern.match(text) for pattern in patterns)
+
+
+def _fault(text: str) -> str | None:
+    """Why a text can be neither a file's name nor written as UTF-8, if so: `"\\0"` and `"\\ud800"` are YAML."""
+    if "\0" in text:
+        return "holds a NUL character; remove it"
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        return "is not valid Unicode (half of a surrogate pair); write the character itself"
+    return None
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,8 @@ def parse(text: str, name: str, *, line: int | None = None) -> Node:
         line: the line to give every node, instead of its own.
 
     Raises:
-        ConfigError: a syntax error, a duplicate or non-scalar key, an alias to itself or an unknown tag.
+        ConfigError: a syntax error, a duplicate or non-scalar key, an alias to itself, an unknown tag, a text that
+            holds NUL or is not valid Unicode, nesting or aliases without end.
     """
     try:
         loader = _Loader(text)
@@ -91,7 +102,9 @@ def parse(text: str, name: str, *, line: int | None = None) -> Node:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError([f"{where}: not valid YAML: {error.problem or error.context}"]) from None
-    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError([f"{name}: not valid YAML: nested more than {_DEEPEST} deep"]) from None
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError) as error:
         raise ConfigError([f"{name}: not valid YAML: {error}"]) from None
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -114,6 +127,8 @@ class _Reader:
         self.count += 1
         if self.count > _MOST_NODES:
             raise ValueError(f"more than {_MOST_NODES} values (aliases count each time they are used)")
+        if len(above) > _DEEPEST:
+            raise RecursionError
         if node.tag not in _TAGS:
             self.problems.append(
                 f"{self.name}:{place}: not valid YAML: the tag {node.tag} is not allowed; plain data only"
@@ -124,6 +139,9 @@ class _Reader:
             return Node(None, place)
         if isinstance(node, yaml.ScalarNode) and not _is_plain(node.tag, node.value):
             self.problems.append(f"{self.name}:{place}: not valid YAML: {node.value[:40]!r} is not a {node.tag[18:]}")
+            return Node(None, place)
+        if isinstance(node, yaml.ScalarNode) and (fault := _fault(node.value)):
+            self.problems.append(f"{self.name}:{place}: {node.value[:40]!a} {fault}")
             return Node(None, place)
         above = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
@@ -140,6 +158,9 @@ class _Reader:
                 self.problems.append(f"{self.name}:{at}: a key must be a single word")
                 continue
             key = key_node.value
+            if fault := _fault(key):
+                self.problems.append(f"{self.name}:{at}: the key {key[:40]!a} {fault}")
+                continue
             if key in result:
                 first = result[key].line
                 self.problems.append(f"{self.name}:{at}: {key} is given twice (first on line {first}); remove one")

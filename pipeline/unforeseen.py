@@ -6,10 +6,12 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from kdpipe.pipeline.terminal import printable
+
 
 def unforeseen(error: Exception) -> str:
     """One sentence for the user; the traceback goes to a file that the sentence names."""
-    first = (str(error).splitlines() or [""])[0][:300]
+    first = printable((str(error).splitlines() or [""])[0][:300])
     try:
         # Names of files that are no UTF-8 come with lone surrogates.
         with tempfile.NamedTemporaryFile(

@@ -13,6 +13,7 @@ from pathlib import Path
 from kdpipe.data.errors import KdpipeError
 from kdpipe.pipeline.plan import STAGES, make_plans
 from kdpipe.pipeline.runner import Request
+from kdpipe.pipeline.terminal import printable
 from kdpipe.pipeline.unforeseen import unforeseen
 
 _PR_SET_PDEATHSIG = 1
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         STAGES[stage].run(ctx, todo)
         ctx.prints.save()
     except KdpipeError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print("Error: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
         return 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

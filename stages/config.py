@@ -49,7 +49,7 @@ class DataConfig:
     """Split that `kdpipe evaluate` scores."""
     allow_outside: bool = execution(False)
     """Let audio paths leave the manifest's folder."""
-    max_seconds: float = bounded(30.0, 0.1)
+    max_seconds: float = bounded(30.0, 0.1, 3600.0)
     """Longer clips are rejected, never truncated (seconds)."""
     max_reject_fraction: float = bounded(0.05, 0.0, 1.0, how=True)
     """A stage fails (good samples kept) when more than this share of its samples is rejected."""

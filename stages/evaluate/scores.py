@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.data.errors import StoreError
 from kdpipe.data.files import write_atomically, write_json
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger
 from kdpipe.stages.base import Context
 from kdpipe.stages.evaluate.stage import BASE, STAGE, STUDENT
-from kdpipe.stages.textualize.parts import read_records
+from kdpipe.stages.textualize.parts import read_records, remedy
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,7 +86,13 @@ def assemble(ctx: Context) -> dict[str, Any]:
     samples = ctx.samples(ctx.config.data.eval_split)
     places = {sample.id: place for place, sample in enumerate(samples)}
     sources = (BASE, STUDENT) if ctx.config.evaluate.base else (STUDENT,)
-    records = [record for _, record in read_records(ledger) if record["id"] in places and record["source"] in sources]
+    records = []
+    for row, record in read_records(ledger):
+        if not _is_answer(record):  # no checksum covers the schema of a Parquet file
+            path = ledger.parts / row.part
+            raise StoreError(f"{path}: row {row.row} is no answer to sample {row.id!r}. {remedy(path)}")
+        if record["id"] in places and record["source"] in sources:
+            records.append(record)
     records.sort(key=lambda record: (sources.index(record["source"]), places[record["id"]]))
     tmp = ctx.tmp(STAGE.name)
     scores: dict[str, Any] = {
@@ -106,6 +113,11 @@ def assemble(ctx: Context) -> dict[str, Any]:
     for line in report(scores):
         ctx.say(line)
     return scores
+
+
+def _is_answer(record: Mapping[str, Any]) -> bool:
+    texts = record.get("source"), record.get("prediction"), record.get("task", 0) or ""
+    return all(isinstance(text, str) for text in texts) and record.get("correct", 0) in (None, True, False)
 
 
 def score(records: Sequence[Mapping[str, Any]], rejected: int) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def report(scores: Mapping[str, Any]) -> list[str]:
     """The scores as lines of a table: a row a task, base beside student."""
     sources = [source for source in (BASE, STUDENT) if source in scores]
     tasks = sorted({task for source in sources for task in scores[source]["by_task"]})
-    rows = [(task, [scores[source]["by_task"].get(task, {}) for source in sources]) for task in tasks]
+    rows = [(_shown(task), [scores[source]["by_task"].get(task, {}) for source in sources]) for task in tasks]
     if tasks != [NO_TASK]:
         rows.append((NO_TASK, [scores[source] for source in sources]))
     width = max(len("task"), *(len(task) for task, _ in rows))
@@ -151,6 +163,11 @@ def report(scores: Mapping[str, Any]) -> list[str]:
         if notes:
             lines.append(f"{source}: {', '.join(notes)}")
     return lines
+
+
+def _shown(task: str) -> str:
+    """A task's name that cannot disturb a terminal."""
+    return task if task.isprintable() else ascii(task)
 
 
 def _percent(cell: Mapping[str, Any]) -> str:

@@ -108,23 +108,37 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a checkpoint by its published name, from the headers alone; PyTorch is not imported.
 
     Raises:
-        OSError, ValueError, KeyError, SafetensorError: a file cannot be read.
+        ModelError: a file cannot be read; names it.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards(folder):
-        with safe_open(shard, framework="numpy") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(shard, framework="numpy") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{shard}: cannot be read as safetensors ({error}). Restore the file.") from None
     return shapes
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order."""
+    """The safetensors files of a checkpoint, in order.
+
+    Raises:
+        ModelError: their index cannot be read, or names files that are not in the folder.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if name != os.path.basename(name) or not name.endswith(".safetensors")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index}: cannot be read ({error!r}). Restore the file.") from None
+    if outside:
+        raise ModelError(f"{index}: names {outside[0]!a}, which is no safetensors file beside it. Restore the file.")
+    return [folder / name for name in names]
 
 
 @lru_cache(maxsize=64)
@@ -137,21 +151,33 @@ def _resolve(model: ModelConfig, base: Path, download: bool) -> ModelFolder:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder}: has no config.json. Name a folder saved by `save_pretrained`.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read as JSON ({error}). Restore the file.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: holds no JSON object. Restore the file.")
     family, text = _family(model.path, config)
-    missing = [name for name in ("num_hidden_layers", "hidden_size", "vocab_size") if name not in text]
-    if missing:
-        raise ModelError(f"{file}: lacks {', '.join(missing)} for the language model. Restore the file.")
+    bad = [name for name in ("num_hidden_layers", "hidden_size", "vocab_size") if not _is_size(text.get(name))]
+    if bad:
+        raise ModelError(f"{file}: lacks {', '.join(bad)} for the language model. Restore the file.")
     return ModelFolder(folder.resolve(), model.path, family, config, text, commit, model)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _below(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _family(name: str, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     kind = config.get("model_type")
-    if kind in AUDIO_FAMILIES:
-        inner = config.get("thinker_config", {}) if kind == "qwen2_5_omni" else config
-        return AUDIO_FAMILIES[kind], inner.get("text_config", {})
-    architectures = config.get("architectures") or []
+    if isinstance(kind, str) and kind in AUDIO_FAMILIES:
+        inner = _below(config, "thinker_config") if kind == "qwen2_5_omni" else config
+        return AUDIO_FAMILIES[kind], _below(inner, "text_config")
+    architectures = config.get("architectures")
+    architectures = [one for one in architectures if isinstance(one, str)] if isinstance(architectures, list) else []
     if any(architecture.endswith("ForCausalLM") for architecture in architectures):
         return "text", config
     raise ModelError(

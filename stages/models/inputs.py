@@ -132,7 +132,7 @@ class Encoder:
         trust = folder.settings.trust_remote_code
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trust, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of damaged files transformers raises whatever its parts do
             raise ModelError(f"{folder.name}: the tokenizer in {folder.path} cannot be loaded ({error}).") from None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -354,7 +354,7 @@ def _plain_copy(backend: Any, *, split_special: bool) -> Any:
 def _load_extractor(folder: ModelFolder) -> WhisperFeatureExtractor:
     try:
         return WhisperFeatureExtractor.from_pretrained(folder.path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ModelError(
             f"{folder.name}: the feature extractor in {folder.path} cannot be loaded ({error}). "
             "Restore preprocessor_config.json."

@@ -123,6 +123,7 @@ def start(
             model=str(folder.path),
             dtype=folder.settings.dtype,
             trust_remote_code=folder.settings.trust_remote_code,
+            load_format="safetensors",
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             tensor_parallel_size=config.tensor_parallel_size,

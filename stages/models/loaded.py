@@ -215,7 +215,7 @@ def load_model(
             output_loading_info=True,
             **where,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of damaged files transformers raises whatever its parts do
         raise ModelError(f"{folder.name}: the weights in {folder.path} cannot be loaded ({error}).") from None
     lost = sorted(str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]))
     if lost:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kdpipe.data.errors import Rejected
+from kdpipe.data.errors import ModelError, Rejected
 from kdpipe.data.manifest import Sample
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -46,8 +46,19 @@ def messages(text: str, *, system: str | None = None, clips: int = 0) -> list[di
 
 
 def render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
-    """Applies the chat template of a tokenizer or processor; the string ends where the answer starts."""
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **kwargs)
+    """Applies the chat template of a tokenizer or processor; the string ends where the answer starts.
+
+    Raises:
+        ModelError: the template is broken, wants other arguments, or reaches for what Jinja's sandbox forbids.
+    """
+    from jinja2 import TemplateError
+
+    others = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+    try:
+        return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **kwargs)
+    except (TemplateError, *others) as error:
+        name = getattr(tokenizer, "name_or_path", "")
+        raise ModelError(f"{name}: the chat template cannot be applied ({error}). Restore it.") from None
 
 
 def refuse_special(texts: Iterable[str | None], special: Iterable[str]) -> None:

@@ -49,21 +49,24 @@ def load_vocabulary(folder: Path, name: str) -> Vocabulary:
             data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             entries = data["model"]["vocab"]
             ordinary = dict(entries) if isinstance(entries, dict) else {e[0]: i for i, e in enumerate(entries)}
-            added = {int(entry["id"]): entry["content"] for entry in data.get("added_tokens", [])}
+            added = {int(entry["id"]): entry["content"] for entry in data.get("added_tokens") or []}
         else:
             ordinary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
             added = {}
         extra = folder / "tokenizer_config.json"
         if extra.exists():
-            decoder = json.loads(extra.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+            decoder = json.loads(extra.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
             added |= {int(index): entry["content"] for index, entry in decoder.items()}
+        tokens = {index: token for token, index in ordinary.items()} | added
+        odd = [pair for pair in tokens.items() if type(pair[0]) is not int or not isinstance(pair[1], str)]
+        if odd:
+            raise ValueError(f"{odd[0]!a} is no id with its token")
     except FileNotFoundError:
         raise ModelError(
             f"{name}: {folder} has neither tokenizer.json nor vocab.json. Save the tokenizer beside the model."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{name}: the tokenizer files in {folder} cannot be read ({error}).") from None
-    tokens = {index: token for token, index in ordinary.items()} | added
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ModelError(f"{name}: the tokenizer files in {folder} cannot be read ({error!r}).") from None
     return Vocabulary(name, tokens, frozenset(added))
 
 

@@ -28,6 +28,17 @@ class Description:
     completion_tokens: int | None = None
     finish_reason: str | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is of its kind, as it may not be where it was read from a damaged file."""
+        counts = (self.prompt_tokens, self.completion_tokens)
+        return (
+            isinstance(self.text, str)
+            and bool(self.text.strip())
+            and all(count is None or (type(count) is int and 0 <= count < 1 << 63) for count in counts)
+            and (self.finish_reason is None or isinstance(self.finish_reason, str))
+        )
+
 
 class Descriptions:
     """A file of descriptions by key, appended to as they come.
@@ -44,9 +55,11 @@ class Descriptions:
                 try:
                     record = json.loads(line)
                     key = record.pop("key")
-                    self._known[key] = Description(**record)
-                except (ValueError, TypeError, KeyError, AttributeError):
+                    found = Description(**record)
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     continue
+                if isinstance(key, str) and found.is_whole:
+                    self._known[key] = found
 
     def __enter__(self) -> Descriptions:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -130,9 +130,10 @@ def read_records(ledger: Ledger, samples: Collection[str] | None = None) -> Iter
         path = ledger.parts / row.part
         if row.part != name:
             name, records = row.part, _read_part(path)
-        if row.row >= len(records) or (records[row.row]["id"], records[row.row]["key"]) != (row.id, row.part_key):
-            raise StoreError(f"{path}: row {row.row} is not sample {row.id!r} of the ledger. {_remedy(path)}")
-        yield row, records[row.row]
+        found = records[row.row] if 0 <= row.row < len(records) else {}
+        if (found.get("id"), found.get("key")) != (row.id, row.part_key):
+            raise StoreError(f"{path}: row {row.row} is not sample {row.id!r} of the ledger. {remedy(path)}")
+        yield row, found
 
 
 def _read_part(path: Path) -> list[dict[str, Any]]:
@@ -141,9 +142,10 @@ def _read_part(path: Path) -> list[dict[str, Any]]:
 
     try:
         return pq.read_table(path, page_checksum_verification=True).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path}: cannot be read ({error}). {_remedy(path)}") from None
+    except (OSError, ValueError, OverflowError, LookupError, pa.ArrowException) as error:
+        raise StoreError(f"{path}: cannot be read ({error}). {remedy(path)}") from None
 
 
-def _remedy(path: Path) -> str:
+def remedy(path: Path) -> str:
+    """What to do where a part is damaged."""
     return f"Remove {path.parents[1]} and run the stage again, or restore the file from a copy."

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.data.errors import StoreError
 from kdpipe.data.ledger import Ledger
+from kdpipe.data.ledger_rows import Row
 from kdpipe.stages.base import Context
-from kdpipe.stages.textualize.parts import read_records
+from kdpipe.stages.textualize.parts import read_records, remedy
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,12 +109,36 @@ def read_traces(source: Context | Ledger, samples: Collection[str] | None = None
         StoreError: a part is missing or damaged; names it.
     """
     ledger = source.ledger("textualize") if isinstance(source, Context) else source
-    return {row.id: _trace_row(record) for row, record in read_records(ledger, samples)}
+    return {row.id: _trace_row(record) for row, record in _records(ledger, samples)}
 
 
 def read_descriptions(ledger: Ledger, samples: Collection[str]) -> dict[str, str]:
     """Descriptions alone, by sample id; otherwise like `read_traces`."""
-    return {row.id: record["description"] for row, record in read_records(ledger, samples)}
+    return {row.id: record["description"] for row, record in _records(ledger, samples)}
+
+
+def _records(ledger: Ledger, samples: Collection[str] | None) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """The records of a ledger, their types proven: no checksum covers the schema of a Parquet file.
+
+    Raises:
+        StoreError: a part is missing or damaged, or its columns are others; names it.
+    """
+    for row, record in read_records(ledger, samples):
+        texts = [record.get(name) for name in ("description", "trace")]
+        texts.append(record.get("response") or "")
+        texts += [text or "" for name, text in record.items() if name.startswith(section_column(""))]
+        lengths, rate = record.get("audio_samples"), record.get("audio_rate")
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and isinstance(lengths, list)
+            and all(type(length) is int and length >= 0 for length in lengths)
+            and type(rate) is int
+            and rate > 0
+            and record.get("answer_match", "") in (None, True, False)
+        ):
+            path = ledger.parts / row.part
+            raise StoreError(f"{path}: row {row.row} is no trace of sample {row.id!r}. {remedy(path)}")
+        yield row, record
 
 
 def _trace_row(record: Mapping[str, Any]) -> TraceRow:

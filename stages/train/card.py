@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -66,13 +67,13 @@ def model_card(made: Made) -> str:
     lines = [
         *metadata,
         "",
-        f"# {made.base.path.name if made.base.commit is None else made.base.name}, distilled with kdpipe",
+        f"# {plain(made.base.path.name if made.base.commit is None else made.base.name)}, distilled with kdpipe",
         "",
         f"- base model: {_named(made.base)}",
         *teachers,
         f"- data: {made.samples} samples, {made.response_tokens} response tokens",
         f"- training: {made.steps} steps{_passed_over(made.metrics)}{_chosen(made)}",
-        *([f"- LoRA, merged into these weights: {made.lora}"] if made.lora is not None else []),
+        *([f"- LoRA, merged into these weights: {plain(made.lora)}"] if made.lora is not None else []),
         f"- identity: `{made.identity}`",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}",
         "",
@@ -80,14 +81,12 @@ def model_card(made: Made) -> str:
         "",
         "The clips, then this text, in the chat template; `{choices}` is written `Choices: A, B, C`, or nothing.",
         "",
-        "```",
-        made.prompt,
-        "```",
+        *fenced(made.prompt),
         "",
-        *([f"System message: {made.system}", ""] if made.system is not None else []),
+        *(["System message:", "", *fenced(made.system), ""] if made.system is not None else []),
         "## Loss",
         "",
-        *(f"- {text}" for text in made.terms.describe()),
+        *(f"- {plain(text)}" for text in made.terms.describe()),
         "",
         "## Metrics of training",
         "",
@@ -95,17 +94,26 @@ def model_card(made: Made) -> str:
         "",
         "## Settings",
         "",
-        "```json",
-        json.dumps(made.settings, indent=2, default=dict),
-        "```",
+        *fenced(json.dumps(made.settings, indent=2, default=dict), "json"),
         "",
     ]
     return "\n".join(lines)
 
 
+def plain(text: str) -> str:
+    """The text in one line of Markdown, as it stands: no markup, no HTML, no link."""
+    return re.sub(r"[\\`*\[\]<&|]", r"\\\g<0>", " ".join(text.split()))
+
+
+def fenced(text: str, language: str = "") -> list[str]:
+    """Lines of a code block that the text cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}{language}", text, fence]
+
+
 def _named(folder: ModelFolder) -> str:
     name = folder.name if folder.commit is not None else folder.path.name
-    return f"{name} ({folder.commit})" if folder.commit else name
+    return plain(f"{name} ({folder.commit})" if folder.commit else name)
 
 
 def _passed_over(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -190,7 +190,7 @@ def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -
             if not why and state["stream"].get("digest") != stream:
                 why = "another order of the data"
             found = None if why else read(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, error) from None
         if found is None:
             say(f"train: {path.name} is of {why}: removed")
@@ -207,8 +207,9 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        return Checkpoint(path, int(state["step"]), state["identity"], state["stream"], dict(state["files"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {str(name): int(size) for name, size in state["files"].items()}
+        return Checkpoint(path, int(state["step"]), state["identity"], dict(state["stream"]), files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(path, error) from None
 
 

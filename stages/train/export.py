@@ -73,7 +73,9 @@ def write_student(folder: Path, base: ModelFolder, model: nn.Module, card: str) 
     if not (folder / "preprocessor_config.json").exists():
         from transformers import AutoFeatureExtractor
 
-        AutoFeatureExtractor.from_pretrained(base.path).save_pretrained(folder)
+        trust = base.settings.trust_remote_code
+        found = AutoFeatureExtractor.from_pretrained(base.path, trust_remote_code=trust, local_files_only=True)
+        found.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

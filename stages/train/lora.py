@@ -19,6 +19,7 @@ from torch import nn
 
 from kdpipe.stages.config import LoraConfig
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.train.card import fenced, plain
 from kdpipe.stages.train.lora_targets import Linear, adapted_layers
 
 _NAME = "default"  # of the adapter in peft
@@ -161,7 +162,8 @@ def _card(base: ModelFolder) -> str:
     lines = ["---", "library_name: peft", "tags: [audio, distillation, kdpipe, lora]"]
     if base.commit is not None:
         lines.append(f"base_model: {base.name}")
-    lines += ["---", "", f"# A LoRA adapter for {name}, made with kdpipe", ""]
+    lines += ["---", "", f"# A LoRA adapter for {plain(name)}, made with kdpipe", ""]
     lines.append("The folder `student` beside this one holds the merged model, and says how it was made.")
-    lines += ["", "```python", "from peft import PeftModel", _LOADING[base.family].format(base=name), "```", ""]
+    code = "from peft import PeftModel\n" + _LOADING[base.family].format(base=name)
+    lines += ["", *fenced(code, "python"), ""]
     return "\n".join(lines)

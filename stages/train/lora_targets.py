@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from safetensors import SafetensorError
-
-from kdpipe.data.errors import ConfigError, ModelError
+from kdpipe.data.errors import ConfigError
 from kdpipe.stages.config import LoraConfig
 from kdpipe.stages.models.folder import ModelFolder, weight_shapes
 
@@ -46,12 +44,8 @@ def linear_layers(base: ModelFolder) -> list[Linear]:
     Raises:
         ModelError: the safetensors files cannot be read.
     """
-    try:
-        shapes = weight_shapes(base.path)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{base.name}: the weights in {base.path} cannot be read ({error}). Restore them.") from None
     found = []
-    for name, shape in shapes.items():
+    for name, shape in weight_shapes(base.path).items():
         part = _part(base.family, name)
         if part is not None and name.endswith(".weight") and len(shape) == 2:
             found.append(Linear(name.removesuffix(".weight"), part, (shape[0], shape[1])))

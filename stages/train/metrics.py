@@ -14,14 +14,17 @@ from kdpipe.data.files import write_atomically
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line torn by a crash is left out."""
+    """The lines of a metrics file, up to one that is none: the last may have been torn by a crash."""
     lines = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
+                break
+            lines.append(line)
     return lines
 
 

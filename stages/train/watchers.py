@@ -171,8 +171,13 @@ def _wandb(folder: Path, tmp: Path, identity: str, settings: Mapping[str, Any]) 
     import wandb
 
     path = folder / "wandb.json"
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if state.get("identity") != identity:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        goes_on = state["identity"] == identity and isinstance(state["id"], str)
+        goes_on = goes_on and all(type(state[kind]) is int for kind in ("train", "validation"))
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+        goes_on = False
+    if not goes_on:
         state = {"identity": identity, "id": secrets.token_hex(8), "train": 0, "validation": 0}
         write_json(path, state, tmp)
     run = wandb.init(

@@ -288,3 +288,28 @@ def test_real_recordings(pattern, rate):
     data = files[0].read_bytes()
     assert np.array_equal(heard(data), heard(files[0]))
     assert rejection(data[: len(data) // 2]).reason == "audio_truncated"
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("VOC", "PCM_16"), ("SDS", "PCM_16"), ("SVX", "PCM_16")])
+def test_formats_that_no_dataset_has_are_refused(form, subtype):
+    found = rejection(encode(tone(rate=8000), 8000, form, subtype))
+    assert found.reason == "audio_unreadable" and "is not WAV" in found.detail
+
+
+def test_a_seek_before_the_begin_prints_no_traceback(capfd):
+    """soundfile cannot raise through libsndfile, and prints instead."""
+    whole = bytearray(encode(tone(0.3, 8000), 8000, "AIFF"))
+    whole[4:6] = b"\0\0"
+    assert rejection(bytes(whole[:44])).reason.startswith("audio_")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_hundreds_of_channels_as_long_as_the_longest_clip_are_too_much():
+    many = np.zeros((30 * 8000, 32), np.float32)
+    many[:, 0] = 0.5
+    assert rejection(encode(many, 8000)).reason == "audio_too_long"
+    assert len(heard(encode(many[: 8000 * 14], 8000))) == 14 * RATE
+
+
+def test_a_bound_that_no_clip_reaches_is_no_error():
+    assert len(heard(encode(tone()), max_seconds=1e308)) == RATE

@@ -349,3 +349,25 @@ def test_light():
     code = "import sys, kdpipe.data.manifest, kdpipe.data.cota; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "vllm", "datasets", "pyarrow", "soundfile", "numpy"} & set(loaded)
+
+
+def test_text_that_is_not_utf_8_in_parquet_is_a_problem_of_the_file(tmp_path):
+    offsets = pyarrow.array([0, 1], pyarrow.int32()).buffers()[1]
+    bad = pyarrow.StringArray.from_buffers(1, offsets, pyarrow.py_buffer(b"\xff"))
+    pyarrow.parquet.write_table(pyarrow.table({"id": bad}), tmp_path / "m.parquet")
+    assert "m.parquet: is not Parquet that can be read (behind row 0)" in one_problem(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize(("name", "text"), [("state.json", '{"_split": []}'), ("dataset_info.json", "null")])
+def test_a_damaged_dataset_folder_is_a_problem_whatever_datasets_raises(tmp_path, name, text):
+    import datasets
+
+    datasets.Dataset.from_list([{"id": "a"}]).save_to_disk(str(tmp_path / "set"))
+    file = tmp_path / "set" / name
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({**known, **json.loads(text)}) if text != "null" else text)
+    assert "is not a dataset that can be read" in one_problem(tmp_path / "set")
+
+
+def test_a_path_that_is_too_long_is_a_problem(tmp_path):
+    assert "cannot be read" in one_problem(tmp_path / ("x" * 300 + ".jsonl"))

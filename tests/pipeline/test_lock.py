@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,3 +61,11 @@ def test_folder_that_cannot_be_written(tmp_path):
     file.write_text("")
     with pytest.raises(KdpipeError, match="cannot be written"), hold([Path(file)]):
         pass
+
+
+def test_what_stands_in_a_damaged_lock_is_not_believed(tmp_path: Path) -> None:
+    with hold([tmp_path]):
+        for text in ('{"pid": 1e400, "host": "' + socket.gethostname() + '"}', "[]", "\xff"):
+            (tmp_path / "locks" / "run.lock").write_text(text)
+            with pytest.raises(KdpipeError, match="another kdpipe works here"), hold([tmp_path]):
+                pass

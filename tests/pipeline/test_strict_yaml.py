@@ -131,3 +131,28 @@ def test_bounds_are_written_out(tmp_path: Path):
     (tmp_path / "k.yaml").write_text(config + f"train: {{seed: {2**63}}}\n")
     with pytest.raises(ConfigError, match=f"{2**63} is out of range; it must be from 0 to {2**63 - 1}"):
         load_config(tmp_path / "k.yaml")
+
+
+@pytest.mark.parametrize("text", ['"a\\0b"', '"\\ud800"', '{"\\0": 1}'])
+def test_texts_that_no_file_can_have_are_refused_with_their_line(text):
+    with pytest.raises(ConfigError, match=r"^file:2: .* (holds a NUL character|is not valid Unicode)"):
+        parse(f"a: 1\nb: {text}\n", "file")
+
+
+def test_endless_nesting_is_said(tmp_path):
+    for depth in (45, 5000):
+        with pytest.raises(ConfigError, match="nested more than 40 deep"):
+            parse("a: " + "[" * depth + "]" * depth, "file")
+
+
+def test_whole_numbers_that_fit_nowhere_are_named(tmp_path):
+    assert "train.epochs: 9223372036854775808 is out of range; it must be below 2^63" in problems(
+        tmp_path, f"train: {{epochs: {2**63}}}"
+    )
+    assert "expected a whole number as key" in problems(tmp_path, f"layers: {{map: {{{'9' * 30}: 1}}}}")
+
+
+def test_a_set_text_with_thousands_of_names_is_refused(tmp_path):
+    (tmp_path / "kdpipe.yaml").write_text(CONFIG)
+    with pytest.raises(ConfigError, match=r"write section\.key=value"):
+        load_config(tmp_path / "kdpipe.yaml", ["a." * 5000 + "a=1"])

@@ -7,6 +7,7 @@ seconds. It is about execution alone: no part, key or ledger depends on it, and 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from kdpipe.data.files import write_json
 from kdpipe.stages.base import Context
-from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.folder import ModelFolder, weight_shapes
 
 _FILE = "speed.json"
 _FORMAT = 1
@@ -126,19 +127,13 @@ def head_weights(teacher: ModelFolder) -> int:
 def parameters(folder: Path) -> tuple[int, int]:
     """Weights of decoder layers and audio tower of a checkpoint, from the headers of its safetensors files alone."""
     body = tower = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, about in header.items():
-            if name == "__metadata__" or any(part in name for part in _NOT_READ):
-                continue
-            count = 1
-            for size in about["shape"]:
-                count *= size
-            if "audio_tower." in name:
-                tower += count
-            else:
-                body += count
+    for name, shape in weight_shapes(folder).items():
+        if any(part in name for part in _NOT_READ):
+            continue
+        if "audio_tower." in name:
+            tower += math.prod(shape)
+        else:
+            body += math.prod(shape)
     return body, tower
 
 

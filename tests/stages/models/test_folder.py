@@ -10,7 +10,7 @@ import pytest
 from kdpipe.data.errors import ModelError
 from kdpipe.data.hashing import Fingerprints
 from kdpipe.stages.config import ModelConfig
-from kdpipe.stages.models.folder import resolve
+from kdpipe.stages.models.folder import resolve, weight_shapes
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,29 @@ def test_looking_at_a_model_imports_no_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        {"model_type": []},
+        {"model_type": "qwen2_5_omni", "thinker_config": None},
+        {"model_type": "qwen2_audio", "text_config": 5},
+        {"architectures": [5]},
+        {"architectures": ["XForCausalLM"], "num_hidden_layers": "many", "hidden_size": 1, "vocab_size": 1},
+        {"architectures": ["XForCausalLM"], "num_hidden_layers": 2**70, "hidden_size": 1, "vocab_size": 1},
+    ],
+)
+def test_a_config_of_other_types_is_an_error_of_the_model(tmp_path, config):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError):
+        resolve(ModelConfig("model"), tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff" * 8, b"\x08" + b"\0" * 7 + b"not json"])
+def test_weights_that_cannot_be_read_are_named(tmp_path, header):
+    (tmp_path / "model.safetensors").write_bytes(header)
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read as safetensors"):
+        weight_shapes(tmp_path)

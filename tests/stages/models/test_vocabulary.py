@@ -85,3 +85,18 @@ def test_missing_and_torn_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model"')
     with pytest.raises(ModelError, match="cannot be read"):
         load_vocabulary(tmp_path, "x")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"model": {"vocab": {"a": "x"}}},
+        {"model": {"vocab": [1]}},
+        {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 0, "content": None}]},
+    ],
+)
+def test_tokenizer_files_of_other_types_are_errors_of_the_model(tmp_path, document):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ModelError, match=r"the tokenizer files in .* cannot be read"):
+        load_vocabulary(tmp_path, "student")

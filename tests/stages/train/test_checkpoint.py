@@ -151,3 +151,13 @@ def test_weights_are_restored_into_a_whole_model(tmp_path: Path) -> None:
     assert torch.equal(layer.weight, expected["weight"].to(torch.bfloat16))
     with pytest.raises(StoreError, match="cannot be read"):
         checkpoint.restore(nn.Linear(5, 3), _last(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"files": {"a": None}}, {"step": float("inf")}, {"stream": 5}, {"files": []}])
+def test_a_state_of_other_types_is_damage(tmp_path, change):
+    place = tmp_path / "step-000001"
+    place.mkdir()
+    state = {"format": 2, "identity": "i", "step": 1, "stream": {"digest": "s"}, "files": {}}
+    (place / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(StoreError, match="the checkpoint cannot be read"):
+        checkpoint.read(place)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from kdpipe.stages.train.metrics import MetricsFile, read_metrics
 
 
@@ -19,3 +21,10 @@ def test_lines_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path: Path) -
     with MetricsFile(path, 0, tmp_path / "tmp"):
         pass
     assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"[1]", b'{"loss": 1}', b'{"step": "3"}', b"[" * 100_000])
+def test_lines_that_are_none_end_the_file(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    assert read_metrics(path) == [{"step": 1}]
