@@ -117,10 +117,12 @@ class Rows:
         if manifest.is_dir():
             raise ValueError("a folder, not a file")
         try:
-            file = pq.ParquetFile(manifest, page_checksum_verification=True, read_dictionary=list(_FEW))
-            names = [name for name in file.schema_arrow.names if name.startswith(_PREFIX)]
-            old = _AS_JSON in file.schema_arrow.names
-            there = [name for name in _CORE if name not in _ADDED or name in file.schema_arrow.names]
+            written = pq.read_schema(manifest).names
+            names = [name for name in written if name.startswith(_PREFIX)]
+            old = _AS_JSON in written
+            there = [name for name in _CORE if name not in _ADDED or name in written]
+            few = [name for name in _FEW if name in there]
+            file = pq.ParquetFile(manifest, page_checksum_verification=True, read_dictionary=few)
             core = _with_added(file.read(there, use_threads=False)).select(_CORE)
             core.validate(full=True)  # damage may leave codes that stand for nothing
 

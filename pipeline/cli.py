@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import click
 if TYPE_CHECKING:
     from kdpipe.pipeline.plan import StageStatus
     from kdpipe.pipeline.runner import Request
+    from kdpipe.stages.base import Context, StagePlan
     from kdpipe.stages.train.launch import Launch
 
 
@@ -264,15 +265,7 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
             if only and status.name != target:
                 refuse_stale(status)
         _print_table([status for status in statuses if status.state != "fresh"] or statuses)
-        teachers = plans.get("cache-teachers")
-        if teachers is not None and teachers.todo:
-            from kdpipe.pipeline.cost import cost_lines
-
-            click.echo("\n" + "\n".join(cost_lines(ctx, teachers)))
-        if "train" in plans and plans["train"].todo:
-            from kdpipe.pipeline.memory import memory_lines
-
-            click.echo("\n" + "\n".join(memory_lines(ctx)))
+        _print_cost(ctx, plans)
         return
     try:
         ran = bring_up_to_date(request, target, only=only)
@@ -282,6 +275,19 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
             click.echo(f"Error: {failure}.", err=True)
         sys.exit(failure.code)
     click.echo("Done." if ran else "Everything is fresh; nothing to do.")
+
+
+def _print_cost(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
+    """Bytes, time and memory of what is to do."""
+    teachers, train = plans.get("cache-teachers"), plans.get("train")
+    if teachers is not None and teachers.todo:
+        from kdpipe.pipeline.cost import cost_lines
+
+        click.echo("\n" + "\n".join(cost_lines(ctx, teachers)))
+    if train is not None and train.todo:
+        from kdpipe.pipeline.memory import memory_lines
+
+        click.echo("\n" + "\n".join(memory_lines(ctx)))
 
 
 def _bring_launched(request: Request, launch: Launch, target: str, *, dry_run: bool) -> None:
@@ -303,8 +309,9 @@ def _bring_launched(request: Request, launch: Launch, target: str, *, dry_run: b
 @main.command()
 @_with_config
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.option("--cost", is_flag=True, help="Also the bytes, time and memory of what is to do.")
 @click.option("--why", "sample", metavar="SAMPLE", help="Where one sample stands, and every reason.")
-def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample: str | None) -> None:
+def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, cost: bool, sample: str | None) -> None:
     """Say what is fresh, what is stale, and why.
 
     Ends with status 0 when everything is fresh and 1 when not.
@@ -339,6 +346,10 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample:
             for override in overrides:
                 words += ["--set", override]
             click.echo(f"\nNext: {shlex.join(words)}   (or `kdpipe run` for all)")
+        if unfinished and cost:
+            from kdpipe.pipeline.plan import make_plans
+
+            _print_cost(ctx, make_plans(ctx))
     sys.exit(0 if all(status.state == "fresh" for status in statuses) else 1)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from kdpipe.data import ledger_files
 from kdpipe.data.fields import Fields, Names
-from kdpipe.data.hashing import digest
+from kdpipe.data.hashing import digest, digest_each
 from kdpipe.data.ledger_files import (
     Reject,
     is_as_written,
@@ -77,13 +77,20 @@ def test_manifests_of_earlier_releases_are_read(tmp_path: Path):
     """All named digests of a row were one JSON text."""
     rows = [*ROWS, dataclasses.replace(ROWS[0], id="other", fields={"question": "q", "audio": "a"})]
     made = next(Rows.of(rows).tables(10))
-    made = made.drop_columns([name for name in made.column_names if name.startswith("fields.")])
+    made = made.drop_columns([name for name in made.column_names if name.startswith(("fields.", "held_", "made_"))])
     path = tmp_path / "old.parquet"
     texts = [json.dumps(row.fields) for row in sorted(rows, key=lambda row: (row.row, row.id))]
     pq.write_table(made.append_column("fields", pa.array(texts)), path, write_page_checksum=True)
     found = Rows.read(path)
     assert sorted(found, key=lambda row: row.id) == sorted(rows, key=lambda row: row.id)
     assert found.digest() == Rows.of(rows).digest() and is_as_written(path)
+    marked = [dataclasses.replace(row, made_with="torch 2") for row in rows]
+    assert Rows.of(marked).digest() != found.digest()
+    named = digest_each(
+        (r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, r.cover, r.content)
+        for r in sorted(rows, key=lambda row: row.id)
+    )
+    assert found.digest() == named, "they keep the names of their files"
 
 
 @pytest.mark.parametrize("count", [0, 1, 8192, 8193, 20_000])

@@ -43,6 +43,7 @@ from kdpipe.stages.config import (
     WeightsConfig,
 )
 from kdpipe.stages.config_train import ScheduleConfig, TaskWeightsConfig
+from kdpipe.stages.environment import environment
 
 if TYPE_CHECKING:
     from kdpipe.stages.miniature.models import Miniatures
@@ -180,7 +181,9 @@ def done(family: Miniatures, tmp_path_factory: pytest.TempPathFactory) -> tuple[
                     part = f"{want.source}.zarr"
                     (plan.ledger.parts / part).mkdir(parents=True, exist_ok=True)
                     key, cover = want.key, dict(want.cover)
-                    rows.append(Row(want.id, want.source, key, want.fields, part, len(rows), 9, 9, want.id, cover))
+                    made_with = environment(ctx, plan.stage).text
+                    place = part, len(rows), 9, 9, want.id, cover, "", made_with
+                    rows.append(Row(want.id, want.source, key, want.fields, *place))
             plan.ledger.commit(rows)
     assert not any(plan.todo for plan in make_plans(ctx).values())
     return config, base, models

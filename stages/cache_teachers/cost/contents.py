@@ -17,6 +17,8 @@ from kdpipe.stages.cache_teachers.cost.lengths import evenly
 from kdpipe.stages.cache_teachers.cost.sizes import PartShape
 from kdpipe.stages.cache_teachers.requirements import Requirements
 from kdpipe.stages.cache_teachers.shape import Shape
+from kdpipe.stages.cache_teachers.stage import STAGE
+from kdpipe.stages.environment import environment
 from kdpipe.stages.models.folder import ModelFolder
 
 Basis = Literal["exact", "estimated", "at most"]
@@ -57,13 +59,14 @@ def part_shape(
     Returns:
         The shape, how well the number of entries of a distribution is known, and from what, if that is a question.
     """
+    made_with = {"made_with": environment(ctx, STAGE.name).text}
     if source == "targets":
-        return PartShape(source, [ArraySpec(TARGET_IDS, (), "uint32")], {}, unit), "exact", None
+        return PartShape(source, [ArraySpec(TARGET_IDS, (), "uint32")], made_with, unit), "exact", None
     config, folder = ctx.config.teachers, teacher_of(needs, source)
     shape = Shape(config, cover, folder.width, folder.layers, needs.alignment if cover.get("k") else None, {})
     entries: dict[str, float] = {}
     basis: Basis = "exact"
-    note, layout, attributes = None, shape.layout, shape.attributes
+    note, layout, attributes = None, shape.layout, {**shape.attributes, **made_with}
     if layout is not None and layout.mass is not None:
         entries, basis, note = _entries(ctx, ledger, source, folder, layout, shape.prefixes)
     if shape.hidden:

@@ -8,19 +8,20 @@ Shape suffix: P parts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from kdpipe.data.ledger_rows import Row, Rows
 from kdpipe.data.store.format import ATTRIBUTE, FORMAT, PART, SHARD_BYTES, TOKENS, ArraySpec, starts_name
 from kdpipe.data.store.shard import CRC_BYTES, ENTRY_BYTES, array_document, as_json, group_document
 from kdpipe.data.store.shard_writer import HELD_CHUNKS
 from kdpipe.stages.base import Wanted
 
 _DIGEST = "0" * 32
+_PART = "0" * 16 + ".zarr"
 _HALF_OPEN_BYTE = 7 / 16
 """Mean bytes that the packed ids of a unit are filled up with, in the layout `mass`."""
 
@@ -167,29 +168,28 @@ def ledger_bytes(wants: Iterable[Wanted], rows: int) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    some = list(wants)
+    some = [
+        Row(
+            want.id,
+            want.source,
+            want.key,
+            want.fields,
+            _PART,
+            place,
+            place,
+            place,
+            content=want.key[::-1] if want.source == "targets" else "",
+            cover=want.cover,
+        )
+        for place, want in enumerate(wants)
+    ]
     if not some:
         return 0
 
-    def text(value: Mapping[str, Any]) -> str:
-        return json.dumps(dict(value), sort_keys=True)
-
-    columns = {
-        "id": [want.id for want in some],
-        "source": [want.source for want in some],
-        "key": [want.key for want in some],
-        "fields": [text(want.fields) for want in some],
-        "part": [f"{want.key[:16]}.zarr" for want in some[:1]] * len(some),
-        "row": list(range(len(some))),
-        "tokens": list(range(len(some))),
-        "length": list(range(len(some))),
-        "content": [want.key[::-1] if want.source == "targets" else "" for want in some],
-        "cover": [text(want.cover) for want in some],
-    }
-
     def written(count: int) -> int:
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({name: values[:count] for name, values in columns.items()}), sink)
+        (table,) = Rows.of(some[:count]).tables(max(count, 1))
+        pq.write_table(table, sink)
         return sink.getvalue().size
 
     fixed, full = written(0), written(len(some))
