@@ -46,35 +46,40 @@ def known_bases(ledger: Ledger, want: Wanted, layers: Iterable[int]) -> dict[int
     return found
 
 
+Grams = tuple[int, dict[int, torch.Tensor]]
+"""Tokens seen, and by layer the sum of the outer products of their states, as `gram_of` gives it."""
+
+
 @torch.inference_mode()
-def fit_bases(
-    loaded: LoadedModel,
-    batches: Iterable[Batch],
-    layers: Sequence[int],
-    over: Literal["response", "audio"],
-    rank: int,
-    say: Callable[[str], None],
-) -> dict[int, np.ndarray]:
-    """Fits bases float16 [rank, H] of layers on what a teacher says of some batches.
+def grams_of(loaded: LoadedModel, batch: Batch, layers: Sequence[int], over: Literal["response", "audio"]) -> Grams:
+    """What a batch adds to the bases of layers.
 
     Args:
         loaded: the teacher.
-        batches: on any device.
+        batch: on any device.
         layers: counted from 1.
         over: positions that count.
+    """
+    rows = (batch.response_rows if over == "response" else batch.audio_rows).to(loaded.device)
+    with loaded.capture(layers, rows) as states_NH:
+        loaded.hidden(batch)
+    return len(rows), {layer: gram_of(states_NH[layer]) for layer in layers}
+
+
+def fit_bases(seen: Iterable[Grams], rank: int, say: Callable[[str], None], name: str) -> dict[int, np.ndarray]:
+    """Fits bases float16 [rank, H] of layers on what a teacher says of some batches.
+
+    Args:
+        seen: of each batch; at least one.
         rank: of the bases.
         say: prints a line.
+        name: of the teacher.
     """
-    grams: dict[int, torch.Tensor] = {}
-    tokens = 0
-    for batch in batches:
-        rows = (batch.response_rows if over == "response" else batch.audio_rows).to(loaded.device)
-        with loaded.capture(layers, rows) as states_NH:
-            loaded.hidden(batch)
-        tokens += len(rows)
-        for layer in layers:
-            gram = gram_of(states_NH[layer])
-            grams[layer] = grams[layer] + gram if layer in grams else gram
-    text = ", ".join(map(str, layers))
-    say(f"cache-teachers: bases of rank {rank} for layers {text} are fitted on {tokens} tokens of {loaded.folder.name}")
-    return {layer: basis_of(gram, rank) for layer, gram in grams.items()}
+    rest = iter(seen)
+    tokens, sums = next(rest)
+    for more, grams in rest:
+        tokens += more
+        sums = {layer: gram + grams[layer] for layer, gram in sums.items()}
+    text = ", ".join(map(str, sums))
+    say(f"cache-teachers: bases of rank {rank} for layers {text} are fitted on {tokens} tokens of {name}")
+    return {layer: basis_of(gram, rank) for layer, gram in sums.items()}

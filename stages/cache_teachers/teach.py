@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from kdpipe.data.store.distributions import narrowed
 from kdpipe.data.store.format import TOP, is_low_rank, under
 from kdpipe.data.stream import prefetch
 from kdpipe.stages.base import Context, Wanted
-from kdpipe.stages.cache_teachers.basis import SAMPLES, fit_bases, known_bases
+from kdpipe.stages.cache_teachers.basis import SAMPLES, fit_bases, grams_of, known_bases
 from kdpipe.stages.cache_teachers.capture import Job, Scribe, batches
 from kdpipe.stages.cache_teachers.cost.speed import record_speed
 from kdpipe.stages.cache_teachers.record import Recorder
@@ -37,11 +37,13 @@ from kdpipe.stages.cache_teachers.served import ServedTeacher, serve
 from kdpipe.stages.cache_teachers.shape import WINDOW_PARTS, Shape
 from kdpipe.stages.cache_teachers.targets import THREADS
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.models.inputs import Encoder, Example
+from kdpipe.stages.models.inputs import Batch, Encoder, Example
 from kdpipe.stages.models.loaded import LoadedModel
 from kdpipe.stages.models.parallel import open_teacher
 from kdpipe.stages.oom import out_of_memory
 from kdpipe.stages.progress import progress
+
+T = TypeVar("T")
 
 
 class Built(NamedTuple):
@@ -160,20 +162,23 @@ class Teacher:
         recorder.begin(shape)
         with closing(self._batches(task, jobs)) as ready:
             for batch_jobs, examples in ready:
-                self._capture(scribe, recorder, batch_jobs, examples)
+                for some, made in self._attempt(scribe, recorder, batch_jobs, examples):
+                    recorder.add(some, made)
                 bar.update(sum(len(job.wants) for job in batch_jobs))
         heard = [sample for job in jobs for sample in job.samples] if task.features else []
         recorder.commit(heard, lambda: scribe.measured)
 
-    def _capture(self, scribe: Scribe, recorder: Recorder, jobs: Sequence[Job], examples: Sequence[Example]) -> None:
-        """Runs the teacher on a batch; on halves of it, and on smaller batches from then on, where it gets no memory.
+    def _attempt(
+        self, work: Callable[[Batch], T], recorder: Recorder, jobs: Sequence[Job], examples: Sequence[Example]
+    ) -> Iterator[tuple[Sequence[Job], T]]:
+        """Does work on a batch; on halves of it, and on smaller batches from then on, where it gets no memory.
 
         Raises:
             KdpipeError: one sample alone gets none, or the teacher is shared out to several processes.
         """
         batch, reason = self._encoder.collate(examples), None
         try:
-            made = scribe(batch)
+            made = work(batch)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -181,7 +186,7 @@ class Teacher:
             traceback.clear_frames(error.__traceback__)
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         else:
-            recorder.add(jobs, made)
+            yield jobs, made
             return
         rows, tokens = batch.input_ids.shape[0], batch.input_ids.numel()
         if rows == 1 or self._config.tensor_parallel_size > 1:
@@ -205,7 +210,7 @@ class Teacher:
             f"batches of {self._budget:,} tokens; set teachers.batch_tokens: {self._budget} to begin with them."
         )
         for half in (slice(0, rows // 2), slice(rows // 2, rows)):
-            self._capture(scribe, recorder, jobs[half], examples[half])
+            yield from self._attempt(work, recorder, jobs[half], examples[half])
 
     def _batches(self, task: Task, jobs: Sequence[Job]) -> Generator[tuple[Sequence[Job], list[Example]], None, None]:
         ready = prefetch(
@@ -220,20 +225,25 @@ class Teacher:
         unknown = [layer for layer in hidden if layer not in self._bases]
         if unknown and is_low_rank(self._config.states):
             recorder.wait()
-            self._learn_bases(task, job, unknown)
+            self._learn_bases(task, job, unknown, recorder)
         bases = {layer: self._bases[layer] for layer in hidden if layer in self._bases}
         alignment = self._needs.alignment if job.cover.get("k") else None
         return Shape(self._config, job.cover, self.loaded.width, len(self.loaded.layers), alignment, bases)
 
-    def _learn_bases(self, task: Task, job: Job, layers: Sequence[int]) -> None:
+    def _learn_bases(self, task: Task, job: Job, layers: Sequence[int], recorder: Recorder) -> None:
         """Finds or fits the bases of layers; commits what `task.build` does."""
         self._bases |= known_bases(self._ledger, job.wants[0], layers)
         missing = [layer for layer in layers if layer not in self._bases]
         if missing:
             chosen = task.wants[:: max(1, len(task.wants) // SAMPLES)][:SAMPLES]
             jobs = sorted(task.build(chosen).jobs, key=_place)
-            seen = (self._encoder.collate(examples) for _, examples in self._batches(task, jobs))
-            self._bases |= fit_bases(self.loaded, seen, missing, task.over, self._config.rank, self._ctx.say)
+            work = partial(grams_of, self.loaded, layers=missing, over=task.over)
+            seen = (
+                grams
+                for some, examples in self._batches(task, jobs)
+                for _, grams in self._attempt(work, recorder, some, examples)
+            )
+            self._bases |= fit_bases(seen, self._config.rank, self._ctx.say, self._folder.name)
 
 
 def _note(ctx: Context, folder: ModelFolder, source: str, jobs: Sequence[Job], seconds: float) -> None:

@@ -283,6 +283,19 @@ def test_a_batch_that_gets_no_memory_is_halved(begin, tmp_path, monkeypatch):
             np.testing.assert_allclose(theirs.read(there, [name])[name], array, rtol=1e-4, atol=1e-4)
 
 
+def test_bases_are_fitted_on_halves_where_memory_is_short(begin, tmp_path, monkeypatch):
+    low_rank = {"k": 4, "batch_tokens": 4000, "states": "low_rank", "rank": 8}
+    whole, short = (begin(tmp_path / name, **low_rank) for name in ("whole", "short"))
+    whole.bring_up()
+    passed = short_of_memory(monkeypatch, 2 * max(row.length for row in whole.ledger.rows()))
+    short.bring_up()
+    told = [[line for line in run.said if "bases of rank 8" in line] for run in (whole, short)]
+    assert told[0] == told[1] and told[0], "on as many tokens"
+    before = [line for line in short.said if "got no memory" in line or "bases" in line]
+    assert "got no memory" in before[0] and passed, "the first batch is one that bases are fitted on"
+    assert {row.id for row in short.ledger.rows()} == {row.id for row in whole.ledger.rows()}
+
+
 def test_a_sample_that_gets_no_memory_is_named(begin, tmp_path, monkeypatch):
     run = begin(tmp_path, k=4, batch_tokens=4000)
     short_of_memory(monkeypatch, 1)
