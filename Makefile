@@ -19,7 +19,7 @@ lint: setup
 	.venv/bin/basedpyright --level error
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 demo: setup
 	.venv/bin/kdpipe demo

@@ -7,13 +7,15 @@ A run whose samples bring descriptions and traces, one clip for ten samples, wit
 committed by the real stage; the rows of cache-teachers and evaluate are written as these stages would write them, with
 empty parts, since what is planned is read from the ledgers alone. Each command is a process of its own, started as a
 user starts it, with the page cache warm; its time is the median of the repeats, and its memory the largest resident set
-of it and its children.
+of it and its children. "whole": what the last look found is removed before each, so that every sample is looked at;
+"after a change": a clip has another date, so that it is hashed again; "nothing moved": the same command once more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +38,7 @@ from kdpipe.stages.config import WeightsConfig
 
 PART_SAMPLES = 512
 SAMPLES_A_CLIP = 10
-COMMANDS = {"status": ["status"], "train": ["train"]}
+CASES = [(word, kind) for word in ("status", "train") for kind in ("whole", "after a change", "nothing moved")]
 _MEASURE = """
 import json, os, resource, subprocess, sys, time
 began = time.perf_counter()
@@ -108,6 +110,13 @@ def _plain(value: Any) -> Any:
     )
 
 
+def _prepare(file: Path, kind: str) -> None:
+    if kind == "whole":
+        (file.parent / "tmp" / "look.npz").unlink(missing_ok=True)
+    elif kind == "after a change":
+        os.utime(file.parent / "clips" / "0.wav", (1e9, 1e9 + time.time() % 1e6))  # it is hashed again, and the same
+
+
 def measure(file: Path, words: list[str]) -> dict[str, Any]:
     """One command on a run: seconds, peak resident memory (bytes), and what it said.
 
@@ -127,21 +136,25 @@ def measure(file: Path, words: list[str]) -> dict[str, Any]:
 @click.option("--say", is_flag=True, help="Also print what the commands say.")
 def main(samples: tuple[int, ...], repeats: int, say: bool) -> None:
     click.echo("| samples | command | seconds | peak MiB | bytes a further sample |\n|--:|---|--:|--:|--:|")
-    before: dict[str, tuple[int, int]] = {}
+    before: dict[tuple[str, str], tuple[int, int]] = {}
     for count in samples:
         with tempfile.TemporaryDirectory(prefix="bench_status-") as made:
             began = time.perf_counter()
             file = make(Path(made), count)
             click.echo(f"made {count:,} samples in {time.perf_counter() - began:.0f} s", err=True)
-            for name, words in COMMANDS.items():
-                runs = [measure(file, words) for _ in range(repeats)]
+            for name, kind in CASES:
+                runs = []
+                for _ in range(repeats):
+                    _prepare(file, kind)
+                    runs.append(measure(file, [name]))
                 if say:
                     click.echo(runs[-1]["said"], err=True)
                 peak = int(median(run["peak"] for run in runs))
-                grown = f"{(peak - before[name][1]) / (count - before[name][0]):,.0f}" if name in before else ""
-                before[name] = count, peak
+                last = before.get((name, kind))
+                grown = f"{(peak - last[1]) / (count - last[0]):,.0f}" if last is not None else ""
+                before[name, kind] = count, peak
                 seconds = median(run["seconds"] for run in runs)
-                cells = (f"{count:,}", " ".join(words), f"{seconds:.2f}", f"{peak / 2**20:,.0f}", grown)
+                cells = (f"{count:,}", f"{name}, {kind}", f"{seconds:.2f}", f"{peak / 2**20:,.0f}", grown)
                 click.echo(f"| {' | '.join(cells)} |")
 
 
