@@ -50,7 +50,9 @@ class _Group(_Commands):
         except BrokenPipeError:
             raise
         except OSError as error:
-            click.echo(f"Error: {error}. What was committed is kept; mend it and run the command again.", err=True)
+            from kdpipe.pipeline.unforeseen import of_the_system
+
+            click.echo(f"Error: {of_the_system(error)}", err=True)
             sys.exit(2)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -233,13 +235,14 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
         return
     if dry_run:
         from kdpipe.pipeline.check import check as run_check
-        from kdpipe.pipeline.plan import make_plans, status_of
+        from kdpipe.pipeline.plan import make_plans
         from kdpipe.pipeline.runner import refuse_stale
+        from kdpipe.pipeline.standing import standing
 
         ctx = request.context()
         run_check(ctx)
         plans = make_plans(ctx, target)
-        statuses = [status_of(plan) for plan in plans.values()]
+        statuses = standing(ctx, plans)
         for status in statuses:
             if only and status.name != target:
                 refuse_stale(status)
@@ -289,9 +292,11 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample:
 
     Ends with status 0 when everything is fresh and 1 when not.
     """
-    from kdpipe.pipeline.plan import make_plans, status_of, why
+    from kdpipe.pipeline.plan import make_plans, why
+    from kdpipe.pipeline.standing import standing
 
-    plans = make_plans(_request(config_file, overrides).context())
+    ctx = _request(config_file, overrides).context()
+    plans = make_plans(ctx)
     if sample is not None:
         lines = why(plans, sample)
         if as_json:
@@ -305,7 +310,7 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, sample:
             for stage, source, state, reason in [("stage", "source", "state", "why"), *lines]:
                 click.echo(f"{stage:<15}{source:<14}{state:<9} {reason}")
         sys.exit(0 if all(line[2] in ("fresh", "rejected") for line in lines) else 1)
-    statuses = [status_of(plan) for plan in plans.values()]
+    statuses = standing(ctx, plans)
     if as_json:
         import json
 
