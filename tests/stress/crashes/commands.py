@@ -74,6 +74,7 @@ class Fault:
             `do` something first.
         group: end all processes of the command, not only the one that takes the step.
         error: of `fail`, an errno.
+        when: of `do`, how "kind path" of the step begins, the first such; empty: it is number `at`.
         what: of `fail`, which kinds of steps; of `do`, words for a shell.
         first: Python code that the command's process runs before anything else.
     """
@@ -82,6 +83,7 @@ class Fault:
     mode: str = "count"
     group: bool = True
     error: int = 0
+    when: str = ""
     what: str = "create write mkdir"
     first: str = ""
 

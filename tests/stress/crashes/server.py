@@ -151,6 +151,7 @@ def _run(asked: dict[str, Any]) -> dict[str, Any]:
             ctypes.c_long(asked["at"]),
             int(asked["group"]),
             asked["error"],
+            asked["when"].encode(),
             f" {asked['what']} ".encode(),
         )
         _end_with(lambda: main(asked["words"], prog_name="kdpipe"))

@@ -30,20 +30,22 @@ static struct {
     enum mode mode;
     long at;
     size_t length;
+    const char *when; /* DO: beginning of "kind path" of the step; empty: it is number `at` */
     const char *what; /* FAIL: the kinds that fail, as " write create "; DO: what a shell is to do */
     char folder[PATH_MAX];
 } plan;
-static atomic_long *count; /* shared by all processes */
+static atomic_long *count; /* steps, and whether it was done; shared by all processes */
 
 #define REAL(name) ((__typeof__(&name))real(#name))
 static void *real(const char *name) { return dlsym(RTLD_NEXT, name); }
 
-void steps_arm(const char *folder, int log, int mode, long at, int group, int error, const char *what) {
-    count = mmap(NULL, sizeof *count, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+void steps_arm(const char *folder, int log, int mode, long at, int group, int error, const char *when,
+               const char *what) {
+    count = mmap(NULL, 2 * sizeof *count, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     snprintf(plan.folder, sizeof plan.folder, "%s/", folder);
     plan.length = strlen(plan.folder);
     plan.log = log, plan.mode = mode, plan.at = at, plan.group = group, plan.error = error;
-    plan.what = strdup(what);
+    plan.when = strdup(when), plan.what = strdup(what);
     plan.armed = 1;
 }
 
@@ -53,6 +55,13 @@ static void tell(long number, const char *kind, const char *path) {
     char line[PATH_MAX + 64];
     int size = snprintf(line, sizeof line, "%ld %s %s\n", number, kind, path + plan.length);
     syscall(SYS_write, plan.log, line, (size_t)size);
+}
+
+static int is_the_one(long number, const char *kind, const char *path) {
+    char step[PATH_MAX + 16];
+    if (!plan.when[0]) return number == plan.at;
+    snprintf(step, sizeof step, "%s %s", kind, path);
+    return !strncmp(step, plan.when, strlen(plan.when)) && !atomic_fetch_add(count + 1, 1);
 }
 
 /* Not: making what is there, and removing what is not; the system says so first. */
@@ -74,7 +83,7 @@ static int take(const char *kind, const char *path) {
         if (!strcmp(kind, "write")) return HALF;
         die();
     }
-    if (plan.mode == DO && number == plan.at) (void)!system(plan.what);
+    if (plan.mode == DO && is_the_one(number, kind, path + plan.length)) (void)!system(plan.what);
     snprintf(wanted, sizeof wanted, " %s ", kind);
     if (plan.mode == FAIL && number >= plan.at && strstr(plan.what, wanted) && needs_the_disk(kind, path)) {
         errno = plan.error;

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from .commands import Commands, Fault, Step, contents, copy_of, difference
+from .commands import Commands, Fault, contents, copy_of, difference
 from .test_faults import says
 from .world import BY_NAME, World, trace_records
 
@@ -35,15 +35,9 @@ time.time = lambda: back() / 1e9
 """
 
 
-def step_of(world: World, name: str, kind: str, pattern: str, which: int = 0) -> Step:
-    """One step of a scenario, counted from the first that matches."""
-    world.after(BY_NAME[name])
-    found = [step for step in world.steps[name] if step.kind == kind and re.search(pattern, step.path)]
-    return found[which]
-
-
-def do(step: Step, what: str) -> Fault:
-    return Fault(step.number, "do", what=what)
+def do(when: str, what: str) -> Fault:
+    """Lets a shell do something before the first step that is named so."""
+    return Fault(mode="do", when=when, what=what)
 
 
 def state(commands: Commands, run: Path) -> dict[str, str]:
@@ -52,12 +46,9 @@ def state(commands: Commands, run: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ENGINE_FREE)
 def test_a_clip_that_vanishes_while_a_stage_runs_is_refused(commands: Commands, world: World, name: str) -> None:
-    step = step_of(world, name, "mkdir", "manifests$")
-    before = {"textualize": "create", "cache-teachers": "mkdir", "train": "create"}[name]
-    first = step_of(world, name, before, {"train": "metrics.jsonl$"}.get(name, r"tmp/[0-9a-f]{32}\.(parquet|zarr)$"))
-    assert first.number < step.number
+    begun = {"textualize": "create tmp/descriptions", "cache-teachers": "mkdir tmp/", "train": "rename train/metrics"}
     scenario, run = BY_NAME[name], world.fresh(BY_NAME[name])
-    ended = commands(run, *scenario.words, fault=do(first, "mv data/0.wav data/1.wav ."))
+    ended = commands(run, *scenario.words, fault=do(begun[name], "mv data/0.wav data/1.wav ."))
     says(ended, r"data/[01]\.wav: changed while the stage was running; nothing made from it was recorded", "again")
     told = commands(run, "status", "--why", "s00").text
     assert re.search(f"^{name} .* (missing|waiting|stale) ", told, re.MULTILINE), "nothing made of it was recorded"
@@ -75,8 +66,8 @@ def test_a_clip_that_is_edited_while_a_stage_runs(commands: Commands, world: Wor
     world.after(scenario)
     steps = world.steps[name]
     soundfile.write(run / "new.wav", 0.2 * np.sin(np.arange(9_000) * 0.3), 16_000)
-    at = steps[(2 * turn + 1) * len(steps) // 6]
-    ended = commands(run, *scenario.words, fault=do(at, "mv new.wav data/1.wav"))
+    at = steps[(2 * turn + 1) * len(steps) // 6].number
+    ended = commands(run, *scenario.words, fault=Fault(at, "do", what="mv new.wav data/1.wav"))
     if ended.code:
         says(ended, "changed while the stage was running|An input changed meanwhile", "s01|data/1.wav", "again")
     assert state(commands, run)["textualize"] != "fresh" or name == "textualize"
@@ -102,8 +93,7 @@ def _told(commands: Commands, run: Path) -> str:
 
 def test_a_part_that_vanishes_while_training_reads_it(commands: Commands, world: World) -> None:
     scenario, run = BY_NAME["train"], world.fresh(BY_NAME["train"])
-    first = step_of(world, "train", "rename", "train/metrics.jsonl")
-    ended = commands(run, "train", fault=do(first, "mv cache-teachers/parts aside"))
+    ended = commands(run, "train", fault=do("rename train/metrics.jsonl", "mv cache-teachers/parts aside"))
     says(ended, r"cache-teachers/parts/\w+\.zarr", "kdpipe cache-teachers|kdpipe cache verify")
     assert state(commands, run)["cache-teachers"] == "stale"
     assert commands(run, "train").code == 0
@@ -127,7 +117,7 @@ def test_a_manifest_of_the_ledger_that_vanishes(commands: Commands, world: World
 def test_a_run_folder_that_is_removed_while_a_stage_runs(commands: Commands, world: World, name: str) -> None:
     scenario, run = BY_NAME[name], world.fresh(BY_NAME[name])
     steps = (world.after(scenario), world.steps[name])[1]
-    ended = commands(run, *scenario.words, fault=do(steps[len(steps) // 2], 'rm -rf "$PWD"/*'))
+    ended = commands(run, *scenario.words, fault=Fault(steps[len(steps) // 2].number, "do", what='rm -rf "$PWD"/*'))
     assert ended.code == 2 and "Traceback" not in ended.text, ended.text
     assert str(run) in ended.text[ended.text.index("Error: ") :]
     run = world.fresh(scenario)
@@ -164,12 +154,13 @@ def shared(world: World) -> Iterator[Path]:
     run = world.fresh(BY_NAME["cache-teachers"])
     models = Path(re.findall("path: (/[^,]*),", (run / "kdpipe.yaml").read_text())[0])
     opened = [folder for folder in [models, *models.parents, *run.parents] if folder.stat().st_mode & 0o005 != 0o005]
-    modes = {folder: folder.stat().st_mode for folder in opened}
-    for folder in opened:
-        folder.chmod(0o755)
+    opened += models.parent.rglob("*")
+    modes = {path: path.stat().st_mode for path in opened}
+    for path in opened:
+        path.chmod(0o755)
     yield run
-    for folder, mode in modes.items():
-        folder.chmod(mode)
+    for path, mode in modes.items():
+        path.chmod(mode)
 
 
 def test_a_run_folder_of_somebody_else(commands: Commands, world: World, shared: Path) -> None:
@@ -193,6 +184,11 @@ def test_a_run_folder_of_somebody_else(commands: Commands, world: World, shared:
     assert commands(shared, "cache-teachers", fault=as_somebody_else()).code == 0, "who may write may go on"
     found = difference(contents(shared), contents(world.after(scenario)))
     assert found == []
+
+
+def test_who_may_read_one_file_of_a_student_may_read_all(world: World) -> None:
+    student = world.after(BY_NAME["train"]) / "train" / "student"
+    assert len({path.stat().st_mode for path in student.iterdir()}) == 1
 
 
 @contextmanager
