@@ -12,11 +12,25 @@ from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts `path` in an error of the system that does not say where it is, as those of writing and flushing do not."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        known = (isinstance(name, str) and os.path.isabs(name)) or str(path) in str(error)
+        if error.errno is not None and not known:
+            error.filename = str(path)
+        raise
+
+
 def fsync_path(path: Path) -> None:
     """Flushes one file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -40,10 +54,24 @@ def listing(folder: Path) -> list[str]:
 
 def remove(path: Path) -> None:
     """Removes a file or folder; one that is not there is not an error."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with naming(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def retire(path: Path, tmp: Path) -> None:
+    """Removes a file or folder of which half may never be seen: it goes to the folder `tmp` in one step first."""
+    if os.path.lexists(path):
+        tmp.mkdir(parents=True, exist_ok=True)
+        aside = _aside(tmp)
+        os.rename(path, aside)
+        remove(aside)
+
+
+def _aside(tmp: Path) -> Path:
+    return tmp / f"old-{uuid.uuid4().hex}"
 
 
 def make_folder(path: Path) -> None:
@@ -63,7 +91,7 @@ def move_into_place(built: Path, target: Path) -> None:
     make_folder(target.parent)
     aside = None
     if target.is_dir() or (built.is_dir() and os.path.lexists(target)):
-        aside = built.with_name(f"old-{uuid.uuid4().hex}")
+        aside = _aside(built.parent)
         os.rename(target, aside)
     try:
         os.replace(built, target)
@@ -82,7 +110,8 @@ def build_aside(tmp: Path, suffix: str = "") -> Iterator[Path]:
     tmp.mkdir(parents=True, exist_ok=True)
     path = tmp / f"{uuid.uuid4().hex}{suffix}"
     try:
-        yield path
+        with naming(path):
+            yield path
     finally:
         remove(path)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.data.errors import KdpipeError, StoreError
-from kdpipe.data.files import remove
+from kdpipe.data.files import retire
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.ledger_files import old_manifests
 from kdpipe.data.store.mend import DAMAGED, Findings, examine, mend, size_of
@@ -216,7 +216,7 @@ def collect_garbage(ctx: Context, *, dry_run: bool = False, unasked: bool = Fals
             lines.append(f"{len(entries):>6} {what}, {human_bytes(size)}: {names((p.name for _, p, _ in entries), 4)}")
             if not dry_run:
                 for _, path, _ in entries:
-                    remove(path)
+                    retire(path, ctx.tmp(STAGE.name))
         total = human_bytes(sum(size for _, _, size in found))
         if not lines:
             return [f"{folder}: nothing to remove."]

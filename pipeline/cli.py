@@ -54,7 +54,9 @@ class _Group(_Commands):
         except BrokenPipeError:
             raise
         except OSError as error:
-            click.echo(f"Error: {error}. What was committed is kept; mend it and run the command again.", err=True)
+            from kdpipe.pipeline.unforeseen import of_the_system
+
+            click.echo(f"Error: {of_the_system(error)}", err=True)
             sys.exit(2)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -254,13 +256,14 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
         return
     if dry_run:
         from kdpipe.pipeline.check import check as run_check
-        from kdpipe.pipeline.plan import make_plans, status_of
+        from kdpipe.pipeline.plan import make_plans
         from kdpipe.pipeline.runner import refuse_stale
+        from kdpipe.pipeline.standing import standing
 
         ctx = request.context()
         run_check(ctx)
         plans = make_plans(ctx, target)
-        statuses = [status_of(plan) for plan in plans.values()]
+        statuses = standing(ctx, plans)
         for status in statuses:
             if only and status.name != target:
                 refuse_stale(status)

@@ -41,7 +41,8 @@ def _hold(folder: Path) -> Iterator[int]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise KdpipeError(
-            f"{folder}: the run folder cannot be written ({error.strerror}). Mend its permissions, or set run.folder."
+            f"{folder}: the run folder cannot be written ({error.strerror}: {error.filename}). Mend its permissions "
+            "(is it another user's?), or set run.folder."
         ) from None
     try:
         try:

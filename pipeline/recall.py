@@ -24,7 +24,8 @@ import kdpipe.stages
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import write_atomically
 from kdpipe.data.hashing import RACY_NS, Stat, digest, digest_file, stat_of
-from kdpipe.pipeline.plan import STAGES, StageStatus, make_plans, status_of
+from kdpipe.pipeline.plan import STAGES, StageStatus, make_plans
+from kdpipe.pipeline.standing import standing
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.environment import environment
 from kdpipe.stages.models.folder import resolve
@@ -43,7 +44,7 @@ class Recalled:
 
     Attributes:
         statuses: of all stages.
-        done: stages that `kdpipe run` had nothing left to do for, their result files included.
+        done: stages that `kdpipe run` had nothing left to do for, kdpipe.lock written.
     """
 
     statuses: tuple[StageStatus, ...]
@@ -70,7 +71,8 @@ class Look:
         Args:
             done: see `Recalled`.
         """
-        statuses = tuple(status_of(plan) for plan in self.plans.values())
+        results = _results(self.ctx)
+        statuses = tuple(standing(self.ctx, self.plans))
         ledgers = [plan.ledger for plan in self.plans.values()]
         clips = self.ctx.prints.seen()
         if clips is None or self.plans.keys() != STAGES.keys() or any(ledger.lost_parts() for ledger in ledgers):
@@ -80,7 +82,9 @@ class Look:
         about = {
             "notes": self.notes,
             "statuses": [asdict(status) for status in statuses],
-            "done": {name: _results(self.ctx) for name in done},
+            "results": results,
+            "done": list(done),
+            "lock_file": _content(self.ctx.run_folder / "kdpipe.lock"),
             "parts": [pair for ledger in ledgers for pair in ledger.expected()],
         }
         _write(self.ctx, about, clips)
@@ -104,11 +108,11 @@ def recall(ctx: Context) -> Recalled | None:
         now, then = _notes(ctx), about["notes"]
         if {**now, "at": 0} != {**then, "at": 0} or not all(_is_there(*pair) for pair in about["parts"]):
             return None
-        if not _are_as_noted(paths, stats):
+        if about["results"] != _results(ctx) or not _are_as_noted(paths, stats):
             return None
         statuses = tuple(StageStatus(**{**status, "reasons": tuple(status["reasons"])}) for status in about["statuses"])
-        results = _results(ctx)
-        return Recalled(statuses, frozenset(name for name, then in about["done"].items() if then == results))
+        as_left = about["lock_file"] == _content(ctx.run_folder / "kdpipe.lock")
+        return Recalled(statuses, frozenset(about["done"] if as_left else ()))
     except Exception:  # nothing is noted down, or it is damaged in whatever way: a whole look is always right
         return None
 
@@ -174,10 +178,8 @@ def _content(path: Path) -> str | None:
 
 
 def _results(ctx: Context) -> list[str | None]:
-    """What a run leaves beside the parts."""
-    evaluated = ctx.folder("evaluate")
-    made = (ctx.run_folder / "kdpipe.lock", evaluated / "scores.json", evaluated / "predictions.parquet")
-    return [_content(path) for path in made]
+    """The result files of evaluate, which are made of its parts."""
+    return [_content(ctx.folder("evaluate") / name) for name in ("scores.json", "predictions.parquet")]
 
 
 def _is_there(path: str, size: int | None) -> bool:

@@ -1,12 +1,30 @@
-"""Errors nobody foresaw: a library's, of a damaged model file perhaps, or a mistake of ours."""
+"""Errors that no stage words itself: the system's, with a remedy, and those nobody foresaw."""
 
 from __future__ import annotations
 
+import errno
 import tempfile
 import traceback
 from pathlib import Path
 
 from kdpipe.pipeline.terminal import printable
+
+_REMEDIES = {
+    "free space on the disk of the run folder, or move it": (errno.ENOSPC, errno.EDQUOT),
+    "make it readable and writable for this user (whose is it, and is its disk mounted read-only?)": (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ),
+    "look after that disk (`dmesg` says more)": (errno.EIO,),
+    "see who removed it": (errno.ENOENT, errno.ESTALE),
+}
+
+
+def of_the_system(error: OSError) -> str:
+    """One sentence for the user about a file or disk: what is wrong, that nothing is lost, and the remedy."""
+    remedy = next((text for text, numbers in _REMEDIES.items() if error.errno in numbers), "mend it")
+    return f"{error}. What was committed is kept; {remedy}, and run the command again."
 
 
 def unforeseen(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import io
 import os
 import signal
@@ -14,7 +13,7 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.pipeline.plan import STAGES, make_plans
 from kdpipe.pipeline.runner import Request
 from kdpipe.pipeline.terminal import printable
-from kdpipe.pipeline.unforeseen import unforeseen
+from kdpipe.pipeline.unforeseen import of_the_system, unforeseen
 
 _PR_SET_PDEATHSIG = 1
 DEFAULTS = {
@@ -50,9 +49,7 @@ def main(arguments: list[str]) -> int:
         print("Error: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
         return 2
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free space on the disk of the run folder, or move it, and run" if full else "run"
-        print(f"Error: {stage}: {error}. What was committed is kept; {remedy} the command again.", file=sys.stderr)
+        print(f"Error: {stage}: {of_the_system(error)}", file=sys.stderr)
         return 2
     except Exception as error:
         print(f"Error: {stage}: {unforeseen(error)}", file=sys.stderr)

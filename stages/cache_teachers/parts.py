@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.files import build_aside
+from kdpipe.data.files import build_aside, naming
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.ledger_files import Reject
@@ -85,7 +85,8 @@ class PartBuilder:
         unit_id = first.id
         if self._source == "acoustic":
             unit_id, about = key, about | {"samples": [{"id": want.id} for want in wants]}
-        place = self._writer.append(unit_id, key, arrays, about)
+        with naming(self._path):
+            place = self._writer.append(unit_id, key, arrays, about)
         tokens = self._writer.tokens(place)
         self._units.append((unit_id, key))
         for want in wants:
@@ -112,7 +113,8 @@ class PartBuilder:
         if not self._units:
             self._ledger.commit(rejects=rejects, soon=True)
             return
-        self._writer.close(attributes)
+        with naming(self._path):
+            self._writer.close(attributes)
         name = digest([FORMAT, self._source, sorted(self._units), self._cover])[:16] + ".zarr"
         rows = [replace(row, part=name) for row in self._rows]
         self._ledger.commit(rows, rejects=rejects, built={name: self._path}, soon=True)

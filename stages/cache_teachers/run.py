@@ -174,9 +174,10 @@ def with_features(work: Work, encoder: Encoder, job: Job) -> Example:
     """The example of a job with the features of its clips.
 
     Raises:
-        KdpipeError: a clip cannot be read any more.
+        KdpipeError: a clip cannot be read any more, or has another length than its targets were made for.
     """
-    return replace(job.example, features=_features(work.ctx, encoder, job.samples[0]))
+    sample = job.samples[0]
+    return replace(job.example, features=_features(work.ctx, encoder, sample, _frames(work, sample.id)))
 
 
 def _heard(work: Work, encoder: Encoder, wants: Sequence[Wanted], example: Example) -> Job:
@@ -219,16 +220,19 @@ def _frames(work: Work, sample: str) -> Sequence[int]:
     return part.units[row]["frames"]
 
 
-def _features(ctx: Context, encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
+def _features(ctx: Context, encoder: Encoder, sample: Sample, frames: Sequence[int]) -> dict[str, torch.Tensor]:
+    seconds = ctx.config.data.max_seconds
     try:
-        return encoder.features(
-            [
-                decode(
-                    ref, rate=encoder.rate, start=sample.start, end=sample.end, max_seconds=ctx.config.data.max_seconds
-                )
-                for ref in sample.audio
-            ]
-        )
+        clips = [
+            decode(ref, rate=encoder.rate, start=sample.start, end=sample.end, max_seconds=seconds)
+            for ref in sample.audio
+        ]
+        if [len(clip) for clip in clips] != list(frames):
+            raise KdpipeError(
+                f"sample {sample.id!r}: a clip has another length than a moment ago: it changed while the stage was "
+                "running; nothing made from it was recorded. Run the command again."
+            )
+        return encoder.features(clips)
     except Rejected as rejected:
         raise KdpipeError(
             f"sample {sample.id!r}: {rejected.detail} ({rejected.reason}); it could be read a moment ago. "

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from kdpipe.data.files import naming
+
 
 @dataclass(frozen=True)
 class Description:
@@ -70,7 +72,12 @@ class Descriptions:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            with naming(self._path):
+                self._file.close()
+        except OSError:  # of a line that could not be written, which is said already
+            if kind is None:
+                raise
         if kind is None:
             self._path.unlink(missing_ok=True)
 
@@ -81,5 +88,6 @@ class Descriptions:
     def add(self, key: str, description: Description) -> None:
         """Remembers a description."""
         self._known[key] = description
-        self._file.write(json.dumps({"key": key, **asdict(description)}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"key": key, **asdict(description)}) + "\n")
+            self._file.flush()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from kdpipe.data.errors import KdpipeError, StoreError
-from kdpipe.data.files import make_folder, move_into_place, remove, write_json
+from kdpipe.data.files import make_folder, move_into_place, remove, retire, write_json
 from kdpipe.stages.train.cost import FILE_BYTES
 from kdpipe.stages.train.optimizer import Optimizer
 from kdpipe.stages.train.world import World
@@ -153,6 +153,16 @@ class Checkpoints:
             problem = self._not_written(error)
         self._world.refuse_together(problem)
 
+    def tidy(self, kept: Collection[int | None]) -> None:
+        """Removes older checkpoints than are to stay, as a run leaves them that is killed before it comes to it.
+
+        Args:
+            kept: steps whose checkpoints stay, whatever their age.
+        """
+        for old in _all_in(self._folder)[: -self._keep]:
+            if _step(old) not in kept:
+                retire(old, self._tmp)
+
     def _not_written(self, error: BaseException) -> str:
         return (
             f"train: a checkpoint could not be written to {self._folder} ({_reason(error)}). Those before are whole: "
@@ -163,16 +173,15 @@ class Checkpoints:
         sizes = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
         write_json(built / _STATE, {**state, "files": sizes}, self._tmp)
         move_into_place(built, self._folder / built.name)
-        for old in _all_in(self._folder)[: -self._keep]:
-            if _step(old) not in kept:
-                remove(old)
+        self.tidy(kept)
 
 
-def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -> Checkpoint | None:
+def find(folder: Path, tmp: Path, identity: str, stream: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The last checkpoint of this run; removes those of other runs, and says so.
 
     Args:
         folder: `train/checkpoints`.
+        tmp: for what is being removed, on the same file system.
         identity: the run's identity.
         stream: digest of the stream; with other parts the same samples come in another order.
         say: prints a line.
@@ -194,7 +203,7 @@ def find(folder: Path, identity: str, stream: str, say: Callable[[str], None]) -
             raise _damaged(path, error) from None
         if found is None:
             say(f"train: {path.name} is of {why}: removed")
-            remove(path)
+            retire(path, tmp)
         last = found or last
     return last
 

@@ -90,6 +90,7 @@ def _write_weights(folder: Path, base: Path, trained: Mapping[str, Tensor]) -> N
                 for name in file.keys()  # noqa: SIM118
             }
         save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / shard.name)  # safetensors' own lets its owner alone read it
         places |= dict.fromkeys(tensors, shard.name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if set(places.values()) != {"model.safetensors"}:

@@ -146,6 +146,8 @@ def train(
             if config.export == "best" and validation.best_step is not None:
                 best_one = checkpoint.named(place.checkpoints, validation.best_step)
                 world.first_does(lambda: checkpoint.check(best_one))
+        best = None if validation is None else validation.best_step
+        world.first_does(partial(checkpoints.tidy, {best}))
         skips = Skips(config.skip_nonfinite, passed, place.say)
         meter = _Meter()
         problem = ""
@@ -314,7 +316,7 @@ def _fail_together(world: World, failure: StepFailed | None, number: int) -> Non
 
 def _resume(place: Place, optimizer: Optimizer, stream: Stream, world: World) -> int:
     """Puts the last checkpoint of this run in place; returns the steps it has done, 0 without one."""
-    find = partial(checkpoint.find, place.checkpoints, place.identity, stream.digest, place.say)
+    find = partial(checkpoint.find, place.checkpoints, place.tmp, place.identity, stream.digest, place.say)
     # Rank 0 removes those of other runs before the others look.
     world.first_does(find)
     found = find()

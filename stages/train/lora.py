@@ -7,6 +7,7 @@ at zero, so training starts from the base model (Hu et al., 2021, arXiv 2106.096
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class Adapter:
                 weight = matrices.get_parameter(f"{_NAME}.weight").detach().cpu().contiguous()
                 tensors[f"base_model.model.{outer}{name}.{side}.weight"] = weight
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # safetensors' own mode lets its owner alone read it.
+        shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
         (folder / "README.md").write_text(_card(self.base), encoding="utf-8")
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kdpipe.data.errors import ConfigError, KdpipeError
-from kdpipe.data.files import build_aside, listing, move_into_place, remove
+from kdpipe.data.files import build_aside, listing, move_into_place, retire
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_rows import Row
 from kdpipe.data.store.reader import Store
@@ -180,7 +180,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
             write_student(built, base, student.model, model_card(made))
             # Rows of the student that is replaced go first: at no moment do they stand beside another's weights.
             own.commit(drop=[(row.id, row.source) for row in own.rows()])
-            remove(place.folder / ADAPTER)
+            retire(place.folder / ADAPTER, place.tmp)
             if adapter is not None:
                 move_into_place(beside, place.folder / ADAPTER)
             move_into_place(built, place.folder / SOURCE)

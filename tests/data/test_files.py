@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdpipe.data import files
-from kdpipe.data.files import build_aside, fsync_tree, move_into_place, remove, write_atomically, write_json
+from kdpipe.data.files import build_aside, fsync_tree, move_into_place, remove, retire, write_atomically, write_json
 
 
 def test_a_file_replaces_a_file(tmp_path: Path):
@@ -136,6 +136,25 @@ def test_remove_takes_files_folders_links_and_nothing(tmp_path: Path):
         remove(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (kept / "file").exists()
+
+
+def test_what_is_retired_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "checkpoints" / "step-1"
+    folder.mkdir(parents=True)
+    (folder / "weights").touch()
+
+    def broken(path: Path) -> None:
+        assert not folder.exists() and path.parent == tmp_path / "tmp"
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", broken)
+        with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/tmp/old-"):
+            retire(folder, tmp_path / "tmp")
+    assert not folder.exists()
+    retire(folder, tmp_path / "tmp")
+    retire(tmp_path / "tmp", tmp_path / "other")
+    assert not (tmp_path / "tmp").exists() and list((tmp_path / "other").iterdir()) == []
 
 
 def test_json_is_indented_and_not_escaped(tmp_path: Path):

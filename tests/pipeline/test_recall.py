@@ -16,6 +16,7 @@ import pytest
 from kdpipe.data import hashing
 from kdpipe.data.ledger_files import Reject
 from kdpipe.pipeline import recall as module
+from kdpipe.pipeline import standing
 from kdpipe.pipeline.recall import Recalled, look, recall
 from kdpipe.stages.base import Context
 from kdpipe.stages.config import Config
@@ -30,6 +31,7 @@ def run(done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Con
     """A copy of a run that is done, to be changed; files that were just written do not count as doubtful."""
     monkeypatch.setattr(hashing, "RACY_NS", 0)
     monkeypatch.setattr(module, "RACY_NS", 0)
+    monkeypatch.setattr(standing, "assembled", lambda ctx: True)
     config, base, _ = done
     shutil.copytree(base, tmp_path / "run", symlinks=True)
     return config, tmp_path / "run"
@@ -71,6 +73,7 @@ MOVES: dict[str, Callable[[Context], object]] = {
     "a part is gone": lambda ctx: shutil.rmtree(ctx.ledger("cache-teachers").parts / "textual.zarr"),
     "a rejection": lambda ctx: ctx.ledger("textualize").commit(rejects=[Reject("given", "trace", "k", "too_long", "")]),
     "a row is dropped": lambda ctx: ctx.ledger("train").commit(drop=[("given", "student")]),
+    "scores": lambda ctx: (ctx.folder("evaluate") / "scores.json").write_text("{}"),
     "no HEAD": lambda ctx: (ctx.folder("evaluate") / "HEAD").unlink(),
 }
 

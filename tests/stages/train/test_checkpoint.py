@@ -38,7 +38,7 @@ def _writer(folder: Path, identity: str = "a", keep: int = 2) -> checkpoint.Chec
 
 
 def _find(folder: Path, say: Callable[[str], None] = print) -> checkpoint.Checkpoint | None:
-    return checkpoint.find(folder / "checkpoints", "a", "s", say)
+    return checkpoint.find(folder / "checkpoints", folder / "tmp", "a", "s", say)
 
 
 def _last(folder: Path) -> checkpoint.Checkpoint:
