@@ -67,15 +67,20 @@ def test_no_module_that_runs_what_it_reads_is_imported() -> None:
     assert not [(where, name) for where, name in found if name.split(".")[0] in forbidden]
 
 
+def _is_false(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Constant) and value.value is False
+
+
 def test_no_call_runs_text_or_unpickles() -> None:
     never = re.compile(
         r"(eval|exec|compile|__import__|os\.(system|popen|exec\w*|spawn\w*)|subprocess\.(getoutput|getstatusoutput)"
         r"|yaml\.(load|load_all|full_load\w*|unsafe_load\w*|dump)|torch\.(load|save)|np\.load"
         r"|(dist\.)?\w*(gather_object|broadcast_object_list|scatter_object_list|send_object_list)|importlib\.import_module)"
     )
-    assert not [(where, name) for where, name, _ in calls() if never.fullmatch(name)]
+    plain = [found for found in calls() if not (found[1] == "np.load" and _is_false(found[2].get("allow_pickle")))]
+    assert not [(where, name) for where, name, _ in plain if never.fullmatch(name)]
     forbidden = ("shell", "allow_pickle", "weights_only")
-    assert not [(where, word) for where, _, words in calls() for word in words if word in forbidden]
+    assert not [(where, word) for where, _, words in plain for word in words if word in forbidden]
     loaders = [base for _, node in nodes(ast.ClassDef) for base in map(ast.unparse, node.bases) if "Loader" in base]
     assert loaders == ["yaml.SafeLoader"]
 
