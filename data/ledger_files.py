@@ -167,6 +167,7 @@ def _read_table(path: Path) -> pa.Table:
     if path.is_dir():  # which pyarrow would read as one table of many files
         raise ValueError("a folder, not a file")
     try:
-        return pq.read_table(path, page_checksum_verification=True)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # `read_table` imports pandas
+            return file.read(use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(str(error)) from None
