@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NEVER_COMPARED = re.compile(r"locks/|tmp/(fingerprints\.sqlite|speed\.json|descriptions\.jsonl)$")
+NEVER_COMPARED = re.compile(r"locks/|tmp/(fingerprints\.sqlite|look\.npz|speed\.json|descriptions\.jsonl)$")
 """Files that are kept between runs and say how fast, not what; descriptions wait there for the next `textualize`."""
 
 
