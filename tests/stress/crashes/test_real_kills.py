@@ -61,7 +61,7 @@ def kill(process: subprocess.Popen[str], victim: str) -> bool:
 
 def begun(run: Path, scenario: Scenario, process: subprocess.Popen[str]) -> None:
     """Waits until the stage writes its first file."""
-    while process.poll() is None and not any(path.suffix not in (".sqlite", ".sqlite-journal", ".lock")
+    while process.poll() is None and not any(path.suffix not in (".sqlite", ".sqlite-journal", ".lock", ".npz")
                                              for path in (run / "tmp").glob("*")):  # fmt: skip
         time.sleep(0.01)
 
