@@ -111,6 +111,8 @@ def test_rows_for_other_response_tokens_are_refused(request_: Request) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(AssertionError, match="waits for textualize"):
         write_manifest(request_.config_file.parent, ["a", "b"])
+        said = kdpipe(request_, "accept", "textualize", "cache-teachers", "--dry-run")
+        assert "cache-teachers: what is asked of it is known once textualize is fresh" in said
         kdpipe(request_, "accept", "cache-teachers")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ctx = request_.context()
