@@ -156,7 +156,8 @@ def test_a_moved_run_is_fresh_and_a_second_run_does_nothing(run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "locks" not in path.parts}
     assert "nothing to do" in kdpipe("run", folder=run)
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "locks" not in path.parts}
-    assert {path for path in after if before.get(path) != after[path]} <= {run / "tmp" / "fingerprints.sqlite"}
+    remembered = {run / "tmp" / name for name in ("fingerprints.sqlite", "look.npz")}
+    assert {path for path in after if before.get(path) != after[path]} <= remembered
 
 
 def test_execution_settings_make_nothing_stale(run):

@@ -250,7 +250,7 @@ def test_checkpoints(folder: Path, state: Any, changes: Any) -> None:
     (place / "a.safetensors").write_bytes(b"abc")
     (place / "state.json").write_bytes(apply(json.dumps(STATE if changes else state).encode(), changes or []))
     with refusing("step-000003", StoreError):
-        found = checkpoint.find(place.parent, "i", "s", lambda line: None)
+        found = checkpoint.find(place.parent, place.parent / "tmp", "i", "s", lambda line: None)
         if found is not None:
             assert type(found.step) is int
             checkpoint.check(place)
