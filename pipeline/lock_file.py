@@ -47,6 +47,7 @@ def _entry(name: str, plan: StagePlan) -> dict[str, Any]:
         "version": STAGES[name].version,
         "state": status.state,
         "samples": {"total": status.total, "fresh": status.fresh, "rejected": status.rejected},
+        **({"accepted": plan.accepted} if plan.accepted else {}),
         "made_with": {text or "not recorded": count for text, count in sorted(made_with.items())},
         "made_from": _made_from(plan),
         "keys": digest_each(rows),

@@ -261,6 +261,8 @@ def _reasons(plan: StagePlan) -> list[str]:
     removed = Counter(source for _, source in plan.removed)
     unasked = "no longer wanted" if STAGES[plan.stage].whole else "kept that this configuration does not ask for"
     lines += [f"{source}: {n} {unasked}" for source, n in removed.items()]
+    if plan.accepted:
+        lines.append(f"accepted as it is, not made so (kdpipe accept): {plan.accepted}")
     for made_with, count in sorted(plan.made_with.items()):
         changed = (
             f"with {difference(made_with, plan.libraries)}" if made_with else "with libraries that were not recorded"

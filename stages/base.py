@@ -180,6 +180,7 @@ class StagePlan:
         ledger: the ledger they were compared with.
         made_with: how many pairs of `fresh` were made with which other libraries than are installed.
         libraries: those that are installed.
+        accepted: how many pairs of `fresh` are so because `kdpipe accept` took them for what is asked.
     """
 
     stage: str
@@ -191,6 +192,7 @@ class StagePlan:
     ledger: Ledger
     made_with: Mapping[str, int] = field(default_factory=dict)
     libraries: str = ""
+    accepted: int = 0
 
 
 class Made(Protocol):
@@ -212,7 +214,7 @@ def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger, by: Made | Non
         ledger: what there is.
         by: the libraries that are installed; None: they do not matter.
     """
-    fresh, rejected, removed, others = set(), set(), [], Counter[str]()
+    fresh, rejected, removed, others, accepted = set(), set(), [], Counter[str](), 0
     lost = ledger.lost_parts()
     served: dict[tuple[int, int], bool] = {}  # by identity: covers are shared by many wants, and by many rows
 
@@ -238,11 +240,12 @@ def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger, by: Made | Non
                 if alike or (by is not None and not by.strict):
                     fresh.add(pair)
                     others[row[4]] += not alike
+                    accepted += row[1] not in ("", key)
                     continue
             if reject is not None and reject.key == key:
                 rejected.add(pair)
         removed += [(sample, source) for sample in held]
     todo = [want for want in wanted if (pair := (want.id, want.source)) not in fresh and pair not in rejected]
-    return StagePlan(
-        stage, wanted, frozenset(fresh), frozenset(rejected), todo, removed, ledger, +others, by.text if by else ""
-    )
+    libraries = by.text if by else ""
+    found = frozenset(fresh), frozenset(rejected), todo, removed, ledger, +others, libraries, accepted
+    return StagePlan(stage, wanted, *found)

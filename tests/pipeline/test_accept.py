@@ -73,7 +73,9 @@ def test_what_is_accepted_is_fresh_and_used(request_: Request) -> None:
     store = open_store(request_.context().folder("cache-teachers"))
     assert store["dog-1"].textual.top.log_z.shape[0] > 3
     lock = yaml.safe_load((request_.context().run_folder / "kdpipe.lock").read_text())
-    assert lock["stages"]["cache-teachers"]["state"] == "fresh"
+    assert lock["stages"]["cache-teachers"]["state"] == "fresh" and lock["stages"]["cache-teachers"]["accepted"] == 4
+    assert "accepted as it is, not made so (kdpipe accept): 4" in kdpipe(request_, "status", settings=settings, code=1)
+    assert "not made so" not in kdpipe(request_, "status", code=1), "put back it is what it was made as"
     # Back without a second `accept`; and accepted it stays.
     assert states(request_)["cache-teachers"] == states(request_, *settings)["cache-teachers"] == "fresh"
     # What is made from accepted rows does not notice.
