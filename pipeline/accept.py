@@ -53,7 +53,7 @@ def accept(request: Request, stages: Iterable[str], *, dry_run: bool = False) ->
                     continue
                 raise KdpipeError(f"{name}: waits for {earlier}. Accept or run that first; it decides what is asked.")
             by = environment(ctx, name)
-            rows, lines = [], []
+            rows = []
             accepted, refused = Counter[str](), Counter[str]()
             lost = plan.ledger.lost_parts()
             for want, causes in ((want, causes_of(plan, want, lost)) for want in plan.todo):
@@ -65,7 +65,7 @@ def accept(request: Request, stages: Iterable[str], *, dry_run: bool = False) ->
                 rows.append(_as_wanted(row, want, by.accepting(row.made_with) if by.strict else row.made_with))
                 accepted.update(f"{want.source}: {cause}" for cause in causes)
             drop = plan.removed if STAGES[name].whole else []
-            lines += [f"  accepted    {text}: {count}" for text, count in sorted(accepted.items())]
+            lines = [f"  accepted    {text}: {count}" for text, count in sorted(accepted.items())]
             lines += [f"  accepted    {source}: made from {n} more samples" for source, n in _sources(drop)]
             lines += [f"  left        {text}: {count}" for text, count in sorted(refused.items())]
             if (rows or drop) and not dry_run:

@@ -16,9 +16,10 @@ from types import FrameType
 from kdpipe.data.errors import KdpipeError, SaidElsewhere
 from kdpipe.pipeline.check import check
 from kdpipe.pipeline.lock import hold
+from kdpipe.pipeline.lock_file import write_lock_file
 from kdpipe.pipeline.memory import refuse_training_that_does_not_fit
 from kdpipe.pipeline.plan import has_work, make_plans, status_of, upstream
-from kdpipe.pipeline.runner import Request, clean_tmp, refuse_stale, write_lock_file
+from kdpipe.pipeline.runner import Request, clean_tmp, refuse_stale
 from kdpipe.pipeline.worker import DEFAULTS
 from kdpipe.stages.train.launch import Launch
 

@@ -184,8 +184,8 @@ class Reader:
         if example.length != self._lengths[sample.id]:
             raise StoreError(
                 f"sample {sample.id!r}: {example.length} tokens, but {self._lengths[sample.id]} when it was cached. "
-                "The tokenizer library changed its ways; remove the cache-teachers folder and run "
-                "`kdpipe cache-teachers`."
+                "The tokenizer library changed its ways, or another clip was accepted; remove the cache-teachers "
+                "folder and run `kdpipe cache-teachers`."
             )
         return example
 
