@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdpipe.pipeline.report.command import report as report_command
+
 if TYPE_CHECKING:
     from kdpipe.pipeline.plan import StageStatus
     from kdpipe.pipeline.runner import Request
@@ -461,6 +463,9 @@ def accept(stages: tuple[str, ...], config_file: Path, overrides: tuple[str, ...
 
     for line in accept_stages(_request(config_file, overrides), stages, dry_run=dry_run):
         click.echo(_printable(line))
+
+
+main.add_command(report_command)
 
 
 @main.command()

@@ -1,0 +1,90 @@
+"""Numbers out of files that may hold anything: what is not of the right kind counts as not there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Interval = tuple[float, float]
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def count(value: Any) -> int:
+    """A number of things; 0 where there is none."""
+    return value if type(value) is int and value >= 0 else 0
+
+
+def interval(value: Any) -> Interval | None:
+    """Two numbers in order, or None."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
+        return None
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None or low > high else (low, high)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping; an empty one where there is none."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def mappings(value: Any) -> dict[str, Mapping[str, Any]]:
+    """The entries of a mapping that are mappings themselves."""
+    return {name: found for name, found in mapping(value).items() if isinstance(found, Mapping)}
+
+
+def text(value: Any) -> str:
+    """A text; an empty one where there is none."""
+    return value if isinstance(value, str) else ""
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share: `61.7 %`, or `–`."""
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """A difference of shares: `+3.2`, in percentage points."""
+    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
+def percents(value: Interval | None) -> str:
+    """An interval of shares: `54.1 to 68.9 %`."""
+    return "–" if value is None else f"{100 * value[0]:.1f} to {100 * value[1]:.1f} %"
+
+
+def points_between(value: Interval | None) -> str:
+    """An interval of differences: `−1.0 to +7.4`."""
+    return "–" if value is None else f"{points(value[0])} to {points(value[1])}"
+
+
+def probability(value: float | None) -> str:
+    """A p value: `0.034`, `< 0.001`, or `–`."""
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def short(value: float | None) -> str:
+    """A number in about four characters: `0.0123`, `12.3`, `1.2e-05`."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}".replace("-", "−")
+
+
+def visible(text: str) -> str:
+    """The text with what does not print, or would turn the direction of writing, escaped; line ends and tabs stay."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in text
+    )
