@@ -103,7 +103,7 @@ class Pair:
     @property
     def p_said(self) -> str:
         """`p = 0.03` or `p < 0.001`."""
-        return f"p {self.p}" if self.p.startswith("<") else f"p = {self.p}"
+        return f"p {self.p}" if self.p.startswith("<") else f"p\u00a0=\u00a0{self.p}"
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,8 @@ def sentence(scores: Mapping[str, Any]) -> str:
 
 
 def _alone(model: str, found: Count, where: str, other: str) -> str:
-    return (
-        f"The {model} answers {found} of {found.n} samples{where} rightly (95 % interval {found.span}); the {other} was "
-        "not scored."
-    )
+    right = f"{found} of {found.n} samples{where} rightly (95 % interval {found.span})"
+    return f"The {model} answers {right}; the {other} was not scored."
 
 
 def _verdict(pair: Pair) -> str:

@@ -73,10 +73,10 @@ def line_chart(title: str, series: Sequence[Series], y_label: str, note: str = "
     if longest > _MOST_POINTS:
         note = f"{note} Each point is a mean of {-(-longest // _MOST_POINTS)} logged steps.".strip()
     thinned = [_thin(one.points) for one in drawn]
-    xs = [x for points in thinned for x, _ in points]
     ys = [y for points in thinned for _, y in points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 5, whole=True), ticks(min(ys), max(ys), 4)
-    x_low, x_high = min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])
+    x_high = max(x for one in drawn for x, _ in one.points)
+    x_ticks, y_ticks = ticks(0.0, x_high, 5, whole=True), ticks(min(ys), max(ys), 4)
+    x_low, x_high = 0.0, max(x_high, x_ticks[-1])
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -141,8 +141,9 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
 def _tick(value: float, among: Sequence[float]) -> str:
     step = abs(among[1] - among[0])
     largest = max(map(abs, among))
-    if largest >= 1e5 or largest < 1e-3:
-        return f"{value:.2g}".replace("-", "−") if value else "0"
+    if largest >= 1e5 or largest < 0.01:
+        mantissa, power = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}".replace("-", "−") if value else "0"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     if round(step, digits) != round(step, digits + 1):
         digits += 1

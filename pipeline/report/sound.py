@@ -28,7 +28,7 @@ SECONDS = 10.0
 """The most of a clip that the page holds."""
 
 _WINDOW, _HOP = 400, 160  # samples: 25 ms every 10 ms
-_ROWS, _COLUMNS = 96, 320
+_BINS, _ROWS, _COLUMNS = 1024, 80, 320  # of the transform (zero-padded), and of the picture
 _RANGE = 80.0  # dB below the loudest point
 _ANCHORS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # dark to light
 _WIDTH, _HEIGHT = 320, 64
@@ -139,14 +139,15 @@ def waveform_svg(samples_N: np.ndarray, name: str) -> Markup:
 
 
 def spectrogram_png(samples_N: np.ndarray) -> bytes:
-    """Power in dB over time and frequency (0 to 8 kHz, bottom to top), 80 dB from dark to light, as a PNG."""
+    """Power over time and mel-scaled frequency (0 to 8 kHz, from bottom to top), 80 dB from dark to light, as a PNG."""
     import numpy as np
 
     padded = np.pad(samples_N, (0, max(0, _WINDOW - len(samples_N))))
     starts = np.arange(0, len(padded) - _WINDOW + 1, _HOP)
     frames = padded[starts[:, None] + np.arange(_WINDOW)] * np.hanning(_WINDOW)
-    power_FB = np.abs(np.fft.rfft(frames, axis=1)[:, : 2 * _ROWS]) ** 2  # 192 of 201 bins: to 7.7 kHz
-    power_FB = power_FB.reshape(len(frames), _ROWS, 2).mean(2)
+    bands = _bands()
+    power = np.abs(np.fft.rfft(frames, _BINS, axis=1)[:, : bands[-1]]) ** 2
+    power_FB = np.add.reduceat(power, bands[:-1], axis=1) / np.diff(bands)
     columns = min(_COLUMNS, len(frames))
     edges = np.linspace(0, len(frames), columns, endpoint=False).astype(int)
     counts = np.diff(np.append(edges, len(frames)))
@@ -154,6 +155,18 @@ def spectrogram_png(samples_N: np.ndarray) -> bytes:
     level = 10 * np.log10(np.maximum(power_FB / max(float(power_FB.max()), 1e-20), 1e-12))
     shade = np.clip((level + _RANGE) / _RANGE * 255, 0, 255).astype(np.uint8)
     return png_bytes(shade.T[::-1])
+
+
+def _bands() -> np.ndarray:
+    """First bin of each row, and the end of the last: equal steps in mel (2595 log10(1 + f / 700)), a bin at least."""
+    import numpy as np
+
+    most = 2595 * np.log10(1 + RATE / 2 / 700)
+    hertz = 700 * (10 ** (np.linspace(0, most, _ROWS + 1) / 2595) - 1)
+    found = np.round(hertz * _BINS / RATE).astype(int)
+    for place in range(1, len(found)):
+        found[place] = max(found[place], found[place - 1] + 1)
+    return found
 
 
 def png_bytes(shade: np.ndarray) -> bytes:

@@ -88,7 +88,7 @@ class Taught:
     problems: Sequence[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Looked:
     id: str
     ids: np.ndarray
@@ -122,8 +122,9 @@ def taught(ctx: Context) -> Taught:
         except (KdpipeError, OSError) as error:
             problems.append(str(error))
     looked.sort(key=lambda one: (one.mean, one.id))
-    chosen = looked[:_LOWEST]
-    usual = looked[len(looked) // 2] if len(looked) > _LOWEST else None
+    different = list({one.ids.tobytes(): one for one in reversed(looked)}.values())[::-1]
+    chosen = different[:_LOWEST]
+    usual = different[len(different) // 2] if len(different) > _LOWEST else None
     if usual is not None and usual not in chosen:
         chosen.append(usual)
     texts = token_texts(ctx, lambda text: text)
@@ -188,5 +189,5 @@ def _text(texts: Mapping[int, str], index: int) -> str:
 
 def _visible(text: str, *, spaces: bool = True) -> str:
     """Line ends and tabs as signs, all else that does not print escaped; with `spaces`, these as `␣`."""
-    shown = visible(text.replace("\n", "⏎").replace("\t", "⇥"))
+    shown = visible(text.replace("\n", "⏎").replace("\t", "⇥").replace("\u00a0", "⍽"))
     return shown.replace(" ", "␣") if spaces else shown

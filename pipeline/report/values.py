@@ -50,17 +50,21 @@ def text(value: Any) -> str:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A share: `61.7 %`, or `–`."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return "–" if value is None else f"{_rounded(100 * value, digits)}\u00a0%"
 
 
 def points(value: float | None, digits: int = 1) -> str:
     """A difference of shares: `+3.2`, in percentage points."""
-    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{round(100 * value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def percents(value: Interval | None) -> str:
     """An interval of shares: `54.1 to 68.9 %`."""
-    return "–" if value is None else f"{100 * value[0]:.1f} to {100 * value[1]:.1f} %"
+    return "–" if value is None else f"{_rounded(100 * value[0], 1)} to {_rounded(100 * value[1], 1)}\u00a0%"
+
+
+def _rounded(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")  # no −0.0
 
 
 def points_between(value: Interval | None) -> str:
@@ -83,8 +87,13 @@ def short(value: float | None) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with what does not print, or would turn the direction of writing, escaped; line ends and tabs stay."""
+    """The text with what does not print, or would turn the direction of writing, escaped.
+
+    Line ends, tabs and no-break spaces stay.
+    """
     return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        char
+        if char.isprintable() or char in "\n\t\u00a0"
+        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
         for char in text
     )
