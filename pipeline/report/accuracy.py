@@ -145,15 +145,17 @@ class Benchmark:
 
 def tables(scores: Mapping[str, Any]) -> list[Table]:
     """By task, and by each column of the manifest that scores.json tells of."""
-    models = {name: mapping(scores.get(name)) for name in (BASE, STUDENT)}
+    base, student = mapping(scores.get(BASE)), mapping(scores.get(STUDENT))
+    base_by, student_by = mappings(base.get("by_task")), mappings(student.get("by_task"))
     paired = mapping(scores.get("paired"))
-    by_task = {name: mappings(found.get("by_task")) for name, found in models.items()}
     pairs = mappings(paired.get("by_task"))
-    tasks = sorted({task for found in by_task.values() for task in found})
-    rows = [Comparison(_ALL, *(Count.of(models[name]) for name in models), Pair.of(paired.get("all")))]
+    tasks = sorted({*base_by, *student_by})
+    rows = [Comparison(_ALL, Count.of(base), Count.of(student), Pair.of(paired.get("all")))]
     if tasks != [_ALL]:
-        counts = ([Count.of(found.get(task)) for found in by_task.values()] for task in tasks)
-        rows += [Comparison(task, *both, Pair.of(pairs.get(task))) for task, both in zip(tasks, counts, strict=True)]
+        rows += [
+            Comparison(task, Count.of(base_by.get(task)), Count.of(student_by.get(task)), Pair.of(pairs.get(task)))
+            for task in tasks
+        ]
     found = [_table("By task", rows)]
     for column, values in mappings(scores.get("by")).items():
         title = f"By {column.replace('_', ' ')}"

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from kdpipe.data.errors import KdpipeError
 from kdpipe.data.manifest import Sample
 from kdpipe.pipeline.report.accuracy import BASE, STUDENT
-from kdpipe.pipeline.report.reading import Prediction, read_forgotten, read_predictions, samples_by_id
+from kdpipe.pipeline.report.reading import NotThere, Prediction, read_forgotten, read_predictions, samples_by_id
 from kdpipe.pipeline.report.sound import Clip, Room, clip_of
 from kdpipe.pipeline.report.values import text
 from kdpipe.stages.base import Context
@@ -82,7 +81,8 @@ def examples(ctx: Context, *, audio: bool) -> tuple[list[tuple[str, int, list[Ex
         Kind, how many there are of it, and those shown; and what is wrong with the manifest, or an empty text.
 
     Raises:
-        KdpipeError: there are no predictions, or they cannot be read.
+        NotThere: there are no predictions.
+        KdpipeError: they cannot be read.
     """
     by_id: dict[str, dict[str, Prediction]] = {}
     for one in read_predictions(ctx):
@@ -162,18 +162,23 @@ def forgotten(ctx: Context) -> tuple[list[Forgotten], int]:
     Reads evaluate/forgotten.jsonl, or finds them in the predictions where that file is not there.
 
     Raises:
-        KdpipeError: neither can be read.
+        NotThere: nothing was evaluated.
+        KdpipeError: the file cannot be read.
     """
     try:
         found = [
             Forgotten(
-                *(text(line.get(name)) for name in ("id", "task", "question")),
-                tuple(map(str, choices)) if isinstance(choices := line.get("choices"), list) else (),
-                *(text(line.get(name)) for name in ("answer", "base", "student")),
+                id=text(line.get("id")),
+                task=text(line.get("task")),
+                question=text(line.get("question")),
+                choices=tuple(map(str, choices)) if isinstance(choices := line.get("choices"), list) else (),
+                answer=text(line.get("answer")),
+                base=text(line.get("base")),
+                student=text(line.get("student")),
             )
             for line in read_forgotten(ctx)
         ]
-    except KdpipeError:
+    except NotThere:
         found = list(_from_predictions(ctx))
     return found[:MOST_FORGOTTEN], len(found)
 
@@ -185,5 +190,6 @@ def _from_predictions(ctx: Context) -> Iterable[Forgotten]:
     for one in predictions:
         base, sample = right.get(one.id), samples.get(one.id)
         if one.source == STUDENT and one.correct is False and base is not None:
-            asked = ("", ()) if sample is None else (sample.question, sample.choices)
-            yield Forgotten(one.id, one.task, *asked, one.answer or "", base.prediction, one.prediction)
+            question, choices = ("", ()) if sample is None else (sample.question, sample.choices)
+            answers = one.answer or "", base.prediction, one.prediction
+            yield Forgotten(one.id, one.task, question, choices, *answers)

@@ -122,6 +122,7 @@ def gather(ctx: Context, config_file: Path, rows_file: Path | None, *, audio: bo
         "differences": None if first is None else accuracy.difference_plot(first.rows),
         "benchmarks": [] if scores.value is None else accuracy.benchmarks(scores.value),
         "forgotten": _part(lambda: examples.forgotten(ctx)),
+        "counted": None if first is None or first.rows[0].pair is None else first.rows[0].pair.forgotten,
         "rows": None if rows_file is None else _part(lambda: rows.read_rows(rows_file)),
         "taught": _part(lambda: tokens.taught(ctx)),
         "apart": _follow(lines, losses.apart),

@@ -55,8 +55,9 @@ def read_json(path: Path, made_by: str) -> Mapping[str, Any]:
         NotThere: it is not there.
         KdpipeError: it cannot be read, or holds something else.
     """
+    content = _text_of(path, made_by)
     try:
-        found = json.loads(_text_of(path, made_by))
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise KdpipeError(f"{path}: is no JSON ({error}). {_remedy(path, made_by)}") from None
     if not isinstance(found, dict):
@@ -132,18 +133,19 @@ def read_predictions(ctx: Context) -> list[Prediction]:
 
 def _prediction(record: Mapping[str, Any], place: int, path: Path, remedy: str) -> Prediction:
     texts = [record.get(name) for name in ("id", "source", "prediction", "output")]
-    correct, tokens = record.get("correct"), record.get("tokens")
+    correct, tokens, answer = record.get("correct"), record.get("tokens"), record.get("answer")
     if not all(isinstance(one, str) for one in texts) or correct not in (None, True, False):
         raise KdpipeError(f"{path}: row {place} is no answer. {remedy}")
-    answer = record.get("answer")
     return Prediction(
-        *texts[:2],
-        text(record.get("task")),
-        answer if isinstance(answer, str) else None,
-        *texts[2:],
-        correct,
-        text(record.get("finish_reason")),
-        tokens if isinstance(tokens, int) else 0,
+        id=record["id"],
+        source=record["source"],
+        task=text(record.get("task")),
+        answer=answer if isinstance(answer, str) else None,
+        prediction=record["prediction"],
+        output=record["output"],
+        correct=correct,
+        finish_reason=text(record.get("finish_reason")),
+        tokens=tokens if isinstance(tokens, int) else 0,
     )
 
 

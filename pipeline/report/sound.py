@@ -92,10 +92,9 @@ def clip_of(ref: AudioRef, *, start: float | None, end: float | None, max_second
         return Clip(ref.name, problem=f"cannot be shown: {error}")
     shown = np.clip(samples[: int(SECONDS * RATE)], -1.0, 1.0)
     seconds = len(samples) / RATE
-    content = wav_bytes(shown)
-    wav = ""
-    if room.take(len(content) * 4 // 3 + 24):
-        wav = _address("audio/wav", content)
+    wav = _address("audio/wav", wav_bytes(shown))
+    if not room.take(len(wav)):
+        wav = ""
     picture = _address("image/png", spectrogram_png(shown))
     return Clip(ref.name, "", seconds, len(shown) / RATE, wav, waveform_svg(shown, ref.name), picture)
 
