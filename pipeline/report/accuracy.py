@@ -12,6 +12,7 @@ from kdpipe.pipeline.report.charts import Line, Mark, whiskers
 from kdpipe.pipeline.report.values import (
     Interval,
     count,
+    cut,
     interval,
     mapping,
     mappings,
@@ -220,7 +221,7 @@ def sentence(scores: Mapping[str, Any]) -> str:
     base, student = Count.of(scores.get(BASE)), Count.of(scores.get(STUDENT))
     pair = Pair.of(mapping(scores.get("paired")).get("all"))
     split = text(scores.get("split"))
-    where = f" of the split {split}" if split else ""
+    where = f" of the split {cut(split)}" if split else ""
     if student is None or student.accuracy is None:
         return "No answer was scored." if base is None or base.accuracy is None else _alone(BASE, base, where, STUDENT)
     if base is None or base.accuracy is None:

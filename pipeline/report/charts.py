@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from kdpipe.pipeline.report.values import short, visible
+from kdpipe.pipeline.report.values import cut, short, visible
 
 Point = tuple[float, float]
 
@@ -107,7 +107,7 @@ def line_chart(title: str, series: Sequence[Series], y_label: str, note: str = "
     )
     parts.append(
         f'<text class="label" x="11" y="{middle}" text-anchor="middle" '
-        f'transform="rotate(-90 11 {middle})">{escape(visible(y_label))}</text>'
+        f'transform="rotate(-90 11 {middle})">{escape(visible(cut(y_label, 28)))}</text>'
     )
     said = "; ".join(f"{one.name}: last {one.last}" for one in drawn[:6])
     return Chart(title, _svg(_WIDTH, _HEIGHT, f"{title} over steps. {said}", parts), drawn, note)
@@ -199,7 +199,7 @@ def whiskers(title: str, lines: Sequence[Line], x_label: str, *, scale: float = 
         parts.append(f'<text x="{x}" y="{foot + 14}" text-anchor="middle">{_tick(tick, across)}</text>')
     y = float(_TOP)
     for line in lines:
-        parts.append(f'<text class="name" x="{_SIDE - 8}" y="{y + 12}">{escape(visible(_cut(line.label)))}</text>')
+        parts.append(f'<text class="name" x="{_SIDE - 8}" y="{y + 12}">{escape(visible(cut(line.label, 48)))}</text>')
         y += _LABEL
         for mark in line.marks:
             middle = y + _ROW / 2
@@ -211,16 +211,13 @@ def whiskers(title: str, lines: Sequence[Line], x_label: str, *, scale: float = 
             parts.append(f'<circle {ink} cx="{at(mark.value)}" cy="{middle}" r="4"/>')
             y += _ROW
         y += 4 + _ROW * (not line.marks)
-    parts.append(
-        f'<text class="label" x="{_WIDTH / 2}" y="{height - 4}" text-anchor="middle">{escape(visible(x_label))}</text>'
-    )
+    below = escape(visible(cut(x_label, 48)))
+    parts.append(f'<text class="label" x="{_WIDTH / 2}" y="{height - 4}" text-anchor="middle">{below}</text>')
     return _svg(_WIDTH, round(height), title, parts)
-
-
-def _cut(label: str) -> str:
-    return label if len(label) <= 48 else f"{label[:47]}…"
 
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> Markup:
     inner = "".join(parts)
-    return Markup(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(visible(title))}">{inner}</svg>')
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(visible(cut(title, 240)))}">{inner}</svg>'
+    )

@@ -17,7 +17,7 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import write_atomically
 from kdpipe.pipeline.report import accuracy, examples, flow, losses, rows, tokens
 from kdpipe.pipeline.report.reading import ROWS, NotThere, made_files, read_metrics_lines, read_scores
-from kdpipe.pipeline.report.values import visible
+from kdpipe.pipeline.report.values import cut, visible
 from kdpipe.pipeline.runner import Request
 from kdpipe.pipeline.unforeseen import of_the_system
 from kdpipe.stages.base import Context
@@ -27,6 +27,7 @@ MARK = '<meta name="generator" content="kdpipe report">'
 
 _HERE = Path(__file__).parent
 _BEGINNING = 2_000
+_LONG = 8_000  # characters of a text that are shown
 T = TypeVar("T")
 
 
@@ -174,6 +175,7 @@ def render(content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=_printed,
     )
+    environment.filters |= {"name": cut, "long": lambda text: cut(text, _LONG)}
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     hashed = base64.b64encode(sha256(style.encode("utf-8")).digest()).decode("ascii")
     policy = (

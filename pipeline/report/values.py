@@ -86,6 +86,13 @@ def short(value: float | None) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
+def cut(text: str, most: int = 80) -> str:
+    """The beginning of a text that is too long, and how much more there is."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 1]}…" if most < 1000 else f"{text[:most]} … ({len(text) - most:,} more characters)"
+
+
 def visible(text: str) -> str:
     """The text with what does not print, or would turn the direction of writing, escaped.
 

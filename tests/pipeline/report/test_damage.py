@@ -126,7 +126,7 @@ def test_a_list_that_is_of_another_evaluation_is_said_so(run: Path):
     file = run / "evaluate" / "forgotten.jsonl"
     file.write_text(file.read_text().partition("\n")[0] + "\n")
     (said,) = troubles(page_of(run).sections["accuracy"], "problem")
-    assert "scores.json counts 3" in said and "1 sample" in page_of(run).sections["accuracy"].text
+    assert "scores.json counts 4" in said and "1 sample" in page_of(run).sections["accuracy"].text
 
 
 def test_scores_of_an_earlier_release(run: Path):
