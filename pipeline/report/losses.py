@@ -20,7 +20,6 @@ _TERMS = {
     "sft": "Cross-entropy on the traces (sft)",
 }
 _MEASURES = ("divergence", "cross_entropy", "distance")
-_SHOWN = (*_MEASURES, "agreement", "teacher_entropy", "student_entropy", "teacher_kept", "student_kept")
 
 
 @dataclass(frozen=True)
@@ -51,28 +50,29 @@ def loss_charts(ctx: Context, lines: Sequence[Mapping[str, Any]]) -> list[Chart]
         lines: of metrics.jsonl.
     """
     steps = [line for line in lines if "validation" not in line and "skipped" not in line]
-    held = [{**mapping(line["validation"]), "step": line["step"]} for line in lines if "validation" in line]
+    held = _held_out(lines)
     charts = [_pair("Loss, all terms weighted", _along(steps, "loss"), _along(held, "loss"), "nats")]
-    weights = ctx.config.train.weights
+    weights, sources = ctx.config.train.weights, _by_source(steps)
     for name in dict.fromkeys(name for line in [*steps, *held] for name in mapping(line.get("terms"))):
         weight = number(getattr(weights, name, None))
         note = "" if weight is None else f"Unweighted; its weight is {weight:g}."
-        found = _pair(
-            _TERMS.get(name, name), _along(steps, "terms", name), _along(held, "terms", name), _unit(name), note
-        )
-        charts.append(found)
+        unit = _unit(name, sources)
+        title = _TERMS.get(name, name)
+        charts.append(_pair(title, _along(steps, "terms", name), _along(held, "terms", name), unit, note))
     for kind, title in (
         ("layer", "By student layer: textual teacher"),
         ("acoustic", "By student layer: acoustic teacher"),
     ):
-        charts.append(_layers(kind, title, steps))
+        charts.append(_layers(kind, title, sources))
     charts.append(line_chart("Learning rate", [Series("learning rate", _along(steps, "learning_rate"))], "rate"))
     charts.append(line_chart("Gradient norm", [Series("gradient norm", _along(steps, "grad_norm"))], "norm"))
     return [chart for chart in charts if chart is not None]
 
 
-def _unit(term: str) -> str:
-    return "distance" if term == "acoustic" else "nats"
+def _unit(term: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """Nats, but where the states of layers are compared."""
+    is_distance = any(name.split("/")[0] == term and "distance" in seen for name, seen in sources.items())
+    return "distance" if is_distance else "nats"
 
 
 def _pair(title: str, trained: Sequence[Point], held: Sequence[Point], unit: str, note: str = "") -> Chart | None:
@@ -93,59 +93,56 @@ def _along(lines: Iterable[Mapping[str, Any]], *path: str) -> list[Point]:
     return found
 
 
-def _layers(kind: str, title: str, steps: Sequence[Mapping[str, Any]]) -> Chart | None:
-    names = sorted(
-        {
-            name
-            for line in steps
-            for name in mappings(line.get("sources"))
-            if (m := _LAYERED.fullmatch(name)) and m[1] == kind
-        }
-    )
+def _by_source(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Point]]]:
+    """What `sources` of the lines holds: source, name, and the values by step."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for line in lines:
+        for source, seen in mappings(line.get("sources")).items():
+            held = found.setdefault(source, {})
+            for name, value in seen.items():
+                known = number(value)
+                if known is not None:
+                    held.setdefault(name, []).append((float(line["step"]), known))
+    return found
+
+
+def _layers(kind: str, title: str, sources: Mapping[str, Mapping[str, Sequence[Point]]]) -> Chart | None:
+    names = sorted(name for name in sources if (match := _LAYERED.fullmatch(name)) and match[1] == kind)
     series = []
     for place, name in enumerate(names):
-        measure = _measure(steps, name)
+        points = sources[name].get(_measure(sources[name]), ())
         strength = 0.3 + 0.7 * (place + 1) / len(names)
-        series.append(
-            Series(f"layer {int(name.rpartition('/')[2])}", _along(steps, "sources", name, measure), "c2", strength)
-        )
+        series.append(Series(f"layer {int(name.rpartition('/')[2])}", points, "c2", strength))
     note = "Lower layers are fainter." if len(series) > 1 else ""
-    return line_chart(title, series, f"{_measure(steps, names[0])} a token" if names else "", note)
+    return line_chart(title, series, f"{_measure(sources[names[0]])} a token" if names else "", note)
 
 
-def _measure(lines: Iterable[Mapping[str, Any]], source: str) -> str:
-    for line in lines:
-        seen = mapping(mapping(line.get("sources")).get(source))
-        for name in _MEASURES:
-            if name in seen:
-                return name
-    return _MEASURES[0]
+def _measure(seen: Mapping[str, Any]) -> str:
+    return next((name for name in _MEASURES if name in seen), _MEASURES[0])
 
 
 def apart(lines: Sequence[Mapping[str, Any]]) -> list[Apart]:
     """How far the student is from each source of the teachers, as the metrics say."""
-    steps = [line for line in lines if "validation" not in line]
-    held = [{**mapping(line["validation"]), "step": line["step"]} for line in lines if "validation" in line]
+    sources = _by_source(line for line in lines if "validation" not in line)
+    held_out = _by_source(_held_out(lines))
     found = []
-    for source in sorted({name for line in steps for name in mappings(line.get("sources"))}, key=_order):
-        measure = _measure(steps, source)
-        points, validated = _along(steps, "sources", source, measure), _along(held, "sources", source, measure)
-        others = {
-            name: short(known[-1][1])
-            for name in _SHOWN
-            if name not in _MEASURES and (known := _along(steps, "sources", source, name))
-        }
-        found.append(
-            Apart(
-                source,
-                measure,
-                short(points[0][1] if points else None),
-                short(points[-1][1] if points else None),
-                short(validated[-1][1] if validated else None),
-                others,
-            )
-        )
+    for source in sorted(sources, key=_order):
+        seen = sources[source]
+        measure = _measure(seen)
+        points = seen.get(measure, [])
+        validated = held_out.get(source, {}).get(measure, [])
+        others = {name: short(known[-1][1]) for name, known in seen.items() if name not in _MEASURES}
+        found.append(Apart(source, measure, _value(points, 0), _value(points, -1), _value(validated, -1), others))
     return found
+
+
+def _value(points: Sequence[Point], place: int) -> str:
+    return short(points[place][1]) if points else "–"
+
+
+def _held_out(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The held-out measurements, each with its step."""
+    return [{**mapping(line["validation"]), "step": line["step"]} for line in lines if "validation" in line]
 
 
 def _order(source: str) -> tuple[int, str]:

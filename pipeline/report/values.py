@@ -98,6 +98,8 @@ def visible(text: str) -> str:
 
     Line ends, tabs and no-break spaces stay.
     """
+    if text.isprintable():
+        return text
     return "".join(
         char
         if char.isprintable() or char in "\n\t\u00a0"
