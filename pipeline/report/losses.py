@@ -114,7 +114,7 @@ def _layers(kind: str, title: str, sources: Mapping[str, Mapping[str, Sequence[P
         strength = 0.3 + 0.7 * (place + 1) / len(names)
         series.append(Series(f"layer {int(name.rpartition('/')[2])}", points, "c2", strength))
     note = "Lower layers are fainter." if len(series) > 1 else ""
-    return line_chart(title, series, f"{_measure(sources[names[0]])} a token" if names else "", note)
+    return line_chart(title, series, f"{_unit(kind, sources)} a token", note)
 
 
 def _measure(seen: Mapping[str, Any]) -> str:

@@ -115,6 +115,7 @@ def gather(ctx: Context, config_file: Path, rows_file: Path | None, *, audio: bo
     score_tables = _follow(scores, accuracy.tables)
     first = (score_tables.value or [None])[0]
     return {
+        "title": f"kdpipe report: {ctx.run_folder.name}",
         "head": _head(ctx, config_file, rows_file),
         "result": "" if scores.value is None else accuracy.sentence(scores.value),
         "flow": _part(lambda: flow.flow(ctx)),

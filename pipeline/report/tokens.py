@@ -173,8 +173,10 @@ def _token(one: _Looked, t: int, texts: Mapping[int, str]) -> Token:
 
 def _expected(one: _Looked, t: int, texts: Mapping[int, str]) -> str:
     pairs = list(zip(one.found.ids[t].tolist(), np.exp(one.found.logprob[t]).tolist(), strict=True))
-    named = [f"{_visible(_text(texts, index))} {p:.3f}" for index, p in pairs[:_CANDIDATES] if index >= 0]
-    return ", ".join(named)
+    named = [
+        f"{_visible(_text(texts, index))} {p:.3f}" for index, p in pairs[:_CANDIDATES] if index >= 0 and p >= 0.0005
+    ]
+    return " · ".join(named)
 
 
 def _probability(one: _Looked, t: int) -> str:
