@@ -77,6 +77,8 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
     acoustic = student
     if config.teachers.acoustic.model is not None:
         acoustic = inspect("teachers.acoustic.model", config.acoustic, hears=True)
+    if config.evaluate.model is not None:
+        inspect("evaluate.model", config.evaluate.model, hears=True)
     if student is not None and config.train.lora is not None and any(student.path.glob("*.safetensors")):
         with gather():
             lines.append(f"train.lora: {describe(config.train.lora, adapted_layers(student, config.train.lora))}")

@@ -121,6 +121,13 @@ def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:
     )(with_settings)
 
 
+def _quoted(text: str) -> str:
+    """A text as `--set` reads it, whatever is in it."""
+    import json
+
+    return json.dumps(text)
+
+
 def _request(config_file: Path, overrides: tuple[str, ...]) -> Request:
     from kdpipe.pipeline.runner import Request
 
@@ -230,12 +237,35 @@ _stage_command(
     "stages first where needed. Started by torchrun or srun, all processes train together, and earlier stages must "
     "have been run.",
 )
-_stage_command(
-    "evaluate",
-    "Score the student beside the untouched model (vLLM).\n\n"
-    "Answers data.eval_split, writes evaluate/predictions.parquet and evaluate/scores.json. Runs earlier stages first "
-    "where needed.",
-)
+
+
+@main.command()
+@_with_config
+@click.option("--model", metavar="MODEL", help="Score this folder or hub model instead, and train nothing.")
+@click.option("--split", metavar="SPLIT", help="Split of the manifest to answer (data.eval_split).")
+@click.option("--only", is_flag=True, help="Refuse, instead of running them, when earlier stages are not fresh.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, why, and at what cost; run nothing.")
+def evaluate(
+    config_file: Path, overrides: tuple[str, ...], model: str | None, split: str | None, only: bool, dry_run: bool
+) -> None:
+    """Score the student beside the untouched model (vLLM).
+
+    Answers data.eval_split and writes into evaluate/: predictions.parquet, scores.json (accuracy by task with 95 %
+    intervals, and what differs), forgotten.jsonl, and under official/ the benchmarks' own files. Runs earlier stages
+    first where needed.
+
+    With --model, any model that vLLM hears with is scored beside the untouched student, in the folder models/ of the
+    run, and no other stage is needed.
+    """
+    if split is not None:
+        overrides = (*overrides, f"data.eval_split={_quoted(split)}")
+    if model is not None:
+        from kdpipe.pipeline.runner import of_model
+
+        request = of_model(_request(config_file, overrides), model)
+        click.echo(f"Scoring {_printable(model)} in {_printable(str(request.context().run_folder))}")
+        overrides = request.overrides
+    _bring(config_file, overrides, "evaluate", only=only, dry_run=dry_run)
 
 
 @main.command()
@@ -244,6 +274,40 @@ _stage_command(
 def run(config_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Bring everything up to date, evaluation included."""
     _bring(config_file, overrides, "evaluate", only=False, dry_run=dry_run)
+
+
+@main.command()
+@_with_config
+@click.option("--rows", "names", metavar="ROW,ROW", help="Rows of the table; all of them unless given.")
+@click.option("--seeds", default="0,1,2", show_default=True, metavar="SEED,SEED", help="Values of train.seed.")
+@click.option("--group", "groups", multiple=True, metavar="NAME=TASK,TASK", help="Tasks that are counted together.")
+@click.option("--dry-run", is_flag=True, help="Print which students are there and which would be made.")
+def rows(
+    config_file: Path,
+    overrides: tuple[str, ...],
+    names: str | None,
+    seeds: str,
+    groups: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Train and score the rows of the paper's table, from one cache.
+
+    \b
+        base      the untouched student
+        sft       cross-entropy alone
+        top       textual teacher's last layer, and sft
+        skip      and one layer in layers.every
+        all       and all layers
+        acoustic  all layers, the acoustic teacher, and sft
+        ours      the same with train.task_weights
+
+    A row says which terms are on; their weights are those of the configuration. Each student lies in
+    rows/ROW/seed-SEED; the table in rows/results.json and rows/table.md is of all that are fresh. What is fresh is
+    not made again.
+    """
+    from kdpipe.pipeline.rows.command import rows as run_rows
+
+    run_rows(config_file, overrides, names, seeds, groups, dry_run)
 
 
 def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: bool, dry_run: bool) -> None:
