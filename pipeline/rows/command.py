@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
+from kdpipe.pipeline.options import request_of, with_config
 
+
+@click.command()
+@with_config
+@click.option("--rows", "names", metavar="ROW,ROW", help="Rows of the table; all of them unless given.")
+@click.option("--seeds", default="0,1,2", show_default=True, metavar="SEED,SEED", help="Values of train.seed.")
+@click.option("--group", "groups", multiple=True, metavar="NAME=TASK,TASK", help="Tasks that are counted together.")
+@click.option("--dry-run", is_flag=True, help="Print which students are there and which would be made.")
 def rows(
     config_file: Path,
     overrides: tuple[str, ...],
@@ -16,18 +24,28 @@ def rows(
     groups: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Runs the command; see `kdpipe rows --help`.
+    """Train and score the rows of the paper's table.
 
-    Raises:
-        KdpipeError: an option is wrong, or a stage cannot run.
+    \b
+        base      the untouched student
+        sft       cross-entropy alone
+        top       textual teacher's last layer, and sft
+        skip      and one layer in layers.every
+        all       and all layers
+        acoustic  all layers, the acoustic teacher, and sft
+        ours      the same with train.task_weights
+
+    One cache serves all. A row says which terms are on; their weights are those of the configuration. Each student
+    lies in rows/ROW/seed-SEED; the table in rows/results.json and rows/table.md is of all that are fresh. What is
+    fresh is not made again.
     """
     from kdpipe.data.files import write_atomically
     from kdpipe.pipeline.rows import run
     from kdpipe.pipeline.rows.definition import ROWS, choose
     from kdpipe.pipeline.rows.results import markdown, table
-    from kdpipe.pipeline.runner import Request, StageFailed
+    from kdpipe.pipeline.runner import StageFailed
 
-    request = Request(config_file, overrides)
+    request = request_of(config_file, overrides)
     chosen = choose(_words(names) if names is not None else list(ROWS))
     numbers = _seeds(seeds)
     if dry_run:

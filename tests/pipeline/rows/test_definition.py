@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Path:
 def test_the_rows_are_those_of_the_paper_and_one_more():
     assert list(ROWS) == ["base", "sft", "top", "skip", "all", "acoustic", "ours"]
     for name, (weights, mode) in RECIPES.items():
-        assert set(ROWS[name].terms) == {term for term, weight in weights.items() if float(weight)}
+        assert set(ROWS[name].terms) - {"acoustic_top"} == {term for term, weight in weights.items() if float(weight)}
         assert ROWS[name].mode == mode
 
 
