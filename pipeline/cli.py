@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdpipe.pipeline.benchmark import benchmark
+
 if TYPE_CHECKING:
     from kdpipe.pipeline.plan import StageStatus
     from kdpipe.pipeline.runner import Request
@@ -477,3 +479,6 @@ def demo(folder: Path) -> None:
     from kdpipe.pipeline.demo import run_demo
 
     run_demo(folder)
+
+
+main.add_command(benchmark)
