@@ -49,10 +49,9 @@ def list_benchmarks() -> None:
 def import_benchmark(name: str, source: Path, audio: Path, output: Path, force: bool) -> None:
     """Write a published benchmark as a manifest.
 
-    NAME is one of `kdpipe benchmark list`, SOURCE its published file. The rows are of the split `test`, and evaluate scores
-    them by the benchmark's own rule. Clips are looked for under
-    the paths of the published file, with and without their leading folders. docs/benchmarks.md says where the files
-    come from and how each is read.
+    NAME is one of `kdpipe benchmark list`, SOURCE its published file. The rows are of the split `test`, and
+    evaluate scores them by the benchmark's own rule. Clips are looked for under the paths of the published file, with
+    and without their leading folders. docs/benchmarks.md says where the files come from and how each is read.
     """
     from kdpipe.pipeline.terminal import printable
 
@@ -90,8 +89,8 @@ def write_manifest(name: str, source: Path, audio: Path, output: Path, *, force:
     if imported.missing:
         missing = list(dict.fromkeys(imported.missing))
         lines.append(
-            f"{len(imported.missing)} rows are about {len(missing)} clips that are missing below {audio}: {_some(missing)}. "
-            "Evaluate will reject them, and the strict score counts them as wrong."
+            f"{len(imported.missing)} rows are about {len(missing)} clips that are missing below {audio}: "
+            f"{_some(missing)}. Evaluate will reject them, and the strict score counts them as wrong."
         )
     lines += [f"{note[:1].upper()}{note[1:]}." for note in imported.notes]
     if any(_is_outside(row["audio"], folder) for row in rows):
