@@ -89,8 +89,8 @@ def write_manifest(name: str, source: Path, audio: Path, output: Path, *, force:
     if imported.missing:
         missing = list(dict.fromkeys(imported.missing))
         lines.append(
-            f"{len(imported.missing)} rows are about {len(missing)} clips that are missing below {audio}: "
-            f"{_some(missing)}. Evaluate will reject them, and the strict score counts them as wrong."
+            f"Missing clips below {audio}: {len(missing)}. Evaluate rejects their rows ({len(imported.missing)}), and "
+            f"the strict score counts them as wrong: {_some(missing)}"
         )
     lines += [f"{note[:1].upper()}{note[1:]}." for note in imported.notes]
     if any(_is_outside(row["audio"], folder) for row in rows):

@@ -154,7 +154,7 @@ class Benchmark:
         ]
         if odd:
             places = _some([one.where for one in odd])
-            notes.append(f"the answer is none of the choices in {len(odd)} rows, which evaluate rejects: {places}")
+            notes.append(f"rows whose answer is none of their choices, which evaluate rejects: {len(odd)} ({places})")
         return Imported(rows, missing, notes)
 
     def is_correct(

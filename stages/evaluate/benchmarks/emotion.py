@@ -38,7 +38,7 @@ def _iemocap_rows(items: Sequence[tuple[str, dict[str, Any]]], problems: Problem
             continue
         taken.append(fields)
     if left_out:
-        notes.append(f"{left_out} rows of sessions 1 to 4 were left out")
+        notes.append(f"rows of sessions 1 to 4, which were left out: {left_out}")
     return _rows(taken, task="iemocap")
 
 

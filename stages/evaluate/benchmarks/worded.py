@@ -56,7 +56,7 @@ def _rows(
         )
     withheld = sum(row.answer is None for row in rows)
     if withheld:
-        notes.append(f"{withheld} rows have no answer: they are answered, and not scored")
+        notes.append(f"rows without an answer, which are answered and not scored: {withheld}")
     return rows
 
 
