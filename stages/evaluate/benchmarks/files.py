@@ -158,7 +158,7 @@ def _is_unicode(text: str) -> bool:
 def clip_name(path: str) -> str:
     """A published path without what leads to a root or upwards: `/data/../x/a.wav` is `data/x/a.wav`."""
     parts = [part for part in PurePosixPath(path.replace("\\", "/")).parts if part not in ("/", ".", "..")]
-    return "/".join(parts) or path
+    return "/".join(parts)
 
 
 def stem(path: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from kdpipe.data.manifest_rows import Problems
@@ -39,12 +38,12 @@ def _air_bench_rows(items: Sequence[tuple[str, dict[str, Any]]], problems: Probl
     for number, (where, item) in enumerate(items, 1):
         fields = Fields(where, item, problems)
         task, dataset, path = fields.text("task_name"), fields.text("dataset_name"), clip_name(fields.text("path"))
-        names = (path,) if task != "Audio_Grounding" else (str(PurePosixPath(path).with_suffix(".flac")), path)
+        names = (f"{path[:-3]}flac", path) if task == "Audio_Grounding" else (path,)
         rows.append(
             _row(
                 fields,
                 id=fields.optional("uniq_id") or str(number),
-                audio=tuple(f"{task}_{dataset}/{name}" for name in names),
+                audio=tuple(clip_name(f"{task}_{dataset}/{name}") for name in names),
                 task=f"{task}_{dataset}",
                 columns={"category": task, "dataset": dataset},
                 problems=problems,

@@ -40,7 +40,7 @@ def chosen(prediction: str, choices: Sequence[str]) -> int | None:
     """
     for texts in (tuple(choices), bare(choices)):
         for same in (_literally, equal):
-            places = [place for place, choice in enumerate(texts) if choice and same(prediction, choice)]
+            places = [place for place, choice in enumerate(texts) if choice.strip() and same(prediction, choice)]
             if len(places) == 1:
                 return places[0]
             if places:

@@ -134,6 +134,9 @@ def test_a_clip_outside_the_folder_is_never_taken(publish, tmp_path, miniature):
     items = [*miniature("meld"), {"audio": "../outside.wav", "gt": "joy"}, {"audio": "x" * 300 + ".wav", "gt": "joy"}]
     _, found = rows_of(publish, "meld", items)
     assert found.missing == ["outside.wav", "x" * 300 + ".wav"]
+    up = {"task_name": "Audio_Grounding/../../..", "dataset_name": "..", "path": "../outside.wav"}
+    _, found = rows_of(publish, "air_bench", [*miniature("air_bench"), {**miniature("air_bench")[0], **up}])
+    assert found.missing == ["Audio_Grounding/.._../outside.wav"]
 
 
 def test_an_answer_that_is_no_choice_is_noted(publish, miniature):
