@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdpipe.pipeline.benchmark import benchmark
 from kdpipe.pipeline.cache_commands import cache
 from kdpipe.pipeline.options import Commands, request_of, with_config
 from kdpipe.pipeline.rows.command import rows
@@ -207,11 +208,18 @@ _stage_command(
 @main.command()
 @with_config
 @click.option("--model", metavar="MODEL", help="Score this folder or hub model instead, and train nothing.")
+@click.option("--manifest", type=click.Path(path_type=Path), help="With --model: the questions of another manifest.")
 @click.option("--split", metavar="SPLIT", help="Split of the manifest to answer (data.eval_split).")
 @click.option("--only", is_flag=True, help="Refuse, instead of running them, when earlier stages are not fresh.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, why, and at what cost; run nothing.")
 def evaluate(
-    config_file: Path, overrides: tuple[str, ...], model: str | None, split: str | None, only: bool, dry_run: bool
+    config_file: Path,
+    overrides: tuple[str, ...],
+    model: str | None,
+    manifest: Path | None,
+    split: str | None,
+    only: bool,
+    dry_run: bool,
 ) -> None:
     """Score the student beside the untouched model (vLLM).
 
@@ -219,9 +227,13 @@ def evaluate(
     intervals, and what differs), forgotten.jsonl, and under official/ the benchmarks' own files. Runs earlier stages
     first where needed.
 
-    With --model, any model that vLLM hears with is scored beside the untouched student, in the folder models/ of the
-    run, and no other stage is needed.
+    With --model, any model that vLLM hears with (train/student of another run, say) is scored beside the untouched
+    student, in the folder models/ of the run, and no other stage is needed.
     """
+    if manifest is not None and model is None:
+        raise click.UsageError("--manifest goes with --model: the student of this run belongs to data.manifest")
+    if manifest is not None:
+        overrides = (*overrides, f"data.manifest={_quoted(str(manifest.absolute()))}")
     if split is not None:
         overrides = (*overrides, f"data.eval_split={_quoted(split)}")
     if model is not None:
@@ -396,3 +408,6 @@ def demo(folder: Path) -> None:
     from kdpipe.pipeline.demo import run_demo
 
     run_demo(folder)
+
+
+main.add_command(benchmark)

@@ -157,8 +157,8 @@ def _benchmarks(
     """Scores each benchmark of the manifest by its own rules and writes its own prediction files into `folder`."""
     of_benchmark: dict[str, list[Sample]] = {}
     for sample in samples:
-        if sample.extra and isinstance(name := sample.extra.get("benchmark"), str):
-            of_benchmark.setdefault(name, []).append(sample)
+        if sample.extra and (name := sample.extra.get("benchmark")) is not None:
+            of_benchmark.setdefault(str(name), []).append(sample)
     if not of_benchmark:
         return {}
     from kdpipe.stages.evaluate.benchmarks import BENCHMARKS, item_of
@@ -169,7 +169,7 @@ def _benchmarks(
             continue
         for source, answers in records.items():
             said = {record["id"]: record["prediction"] for record in answers}
-            asked = [(item_of(sample), said.get(sample.id)) for sample in its]
+            asked = [(item_of(one.extra.get("item"), one.id), said.get(one.id)) for one in its]
             found.setdefault(name, {})[source] = benchmark.score(asked)
             file, content = benchmark.official(asked)
             target = folder / name / source / file

@@ -31,8 +31,9 @@ def judge(sample: Sample, prediction: str) -> bool | None:
     if sample.extra and (name := sample.extra.get("benchmark")) is not None:
         from kdpipe.stages.evaluate.benchmarks import BENCHMARKS, item_of
 
-        if name in BENCHMARKS:
-            return BENCHMARKS[name].is_correct(sample.answer, prediction, list(sample.choices), item_of(sample))
+        if str(name) in BENCHMARKS:
+            item = item_of(sample.extra.get("item"), sample.id)
+            return BENCHMARKS[str(name)].is_correct(sample.answer, prediction, list(sample.choices), item)
     return matches(sample.answer, prediction, sample.choices)
 
 

@@ -240,3 +240,43 @@ def test_scores_that_cannot_be_read_or_tell_no_origin_are_made_again(done, text)
     assert file.read_bytes() == good and assembled(done)
     (done.folder("evaluate") / "predictions.parquet").unlink()
     assert not assembled(done)
+
+
+def test_the_rows_of_a_benchmark_are_scored_by_its_rule_and_written_as_it_reads_them(tmp_path):
+    """One is right, one has a wrong choice's word, one was rejected: only the strict score counts the last."""
+    item = {
+        "question": "What?",
+        "choices": ["a dog", "a cat"],
+        "answer": "a dog",
+        "task": "sound",
+        "difficulty": "hard",
+    }
+    rows = [
+        {"id": f"mmau-{name}", "audio": "a.wav", "question": "What?", "choices": item["choices"], "answer": "a dog",
+         "split": "test", "benchmark": "mmau", "difficulty": "hard", "item": json.dumps(item | {"id": name})}
+        for name in "xyz"
+    ]  # fmt: skip
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ModelConfig("none")
+    config = Config(
+        DataConfig("manifest.jsonl"),
+        StudentConfig(model),
+        TeachersConfig(TextualTeacherConfig(model)),
+        evaluate=EvaluateConfig(base=False),
+    )
+    ctx = Context(config, tmp_path, say=(said := []).append)
+    answers = [
+        record("mmau-x", "student", None, prediction="A dog!"),
+        record("mmau-y", "student", None, prediction="dog, a cat"),
+    ]
+    commit(ctx, answers, [("mmau-z", "student")])
+    scores = assemble(ctx)
+    assert scores["benchmarks"]["mmau"]["student"] == {
+        "measure": "accuracy",
+        "official": {"score": 0.5, "n": 2},
+        "strict": {"score": pytest.approx(1 / 3), "n": 3},
+    }
+    assert scores["by"]["difficulty"]["hard"]["student"]["n"] == 2
+    (file,) = (ctx.folder("evaluate") / "official" / "mmau" / "student").iterdir()
+    assert [line.get("model_output") for line in json.loads(file.read_text())] == ["A dog!", "dog, a cat", None]
+    assert "mmau, student: accuracy: official 50.00 of 2, strict 33.33 of 3" in said
