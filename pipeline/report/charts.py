@@ -152,12 +152,13 @@ def _tick(value: float, among: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dot with its whiskers: value, interval or None, class of its colour, and whether it is hollow."""
+    """A dot with its whiskers: value, interval or None, class of its colour, whether it is hollow, and small dots."""
 
     value: float
     interval: tuple[float, float] | None
     style: str
     is_hollow: bool = False
+    small: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def whiskers(title: str, lines: Sequence[Line], x_label: str, *, scale: float = 
         scale: numbers are shown times this (shares as percents).
         zero: draw a line at zero, and let the axis reach it.
     """
-    numbers = [n * scale for line in lines for mark in line.marks for n in (mark.value, *(mark.interval or ()))]
+    marks = [mark for line in lines for mark in line.marks]
+    numbers = [n * scale for mark in marks for n in (mark.value, *(mark.interval or ()), *mark.small)]
     numbers += [0.0] if zero else []
     across = ticks(min(numbers, default=0.0), max(numbers, default=1.0), 4)
     low, high = across[0], across[-1]
@@ -208,6 +210,7 @@ def whiskers(title: str, lines: Sequence[Line], x_label: str, *, scale: float = 
                 first, last = at(mark.interval[0]), at(mark.interval[1])
                 ends = "".join(f"M{x} {middle - 3}v6" for x in (first, last))
                 parts.append(f'<path {ink} d="M{first} {middle}H{last}{ends}"/>')
+            parts += [f'<circle class="small" cx="{at(value)}" cy="{middle}" r="2"/>' for value in mark.small]
             parts.append(f'<circle {ink} cx="{at(mark.value)}" cy="{middle}" r="4"/>')
             y += _ROW
         y += 4 + _ROW * (not line.marks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.pipeline.report.accuracy import Count, Pair
 from kdpipe.pipeline.report.charts import Line, Mark, whiskers
 from kdpipe.pipeline.report.reading import read_json
-from kdpipe.pipeline.report.values import mapping, mappings, text
+from kdpipe.pipeline.report.values import mapping, mappings, number, text
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class RowResult:
         seeds: as a text.
         counts: by group or task.
         against: by other row, by group: the difference.
+        by_seed: by group, the accuracy of each seed.
     """
 
     name: str
@@ -33,7 +34,8 @@ class RowResult:
     seeds: str
     groups: Mapping[str, Count]
     tasks: Mapping[str, Count]
-    against: Mapping[str, Mapping[str, Pair]] = field(default_factory=dict)
+    against: Mapping[str, Mapping[str, Pair]]
+    by_seed: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def _row(row: Mapping[str, Any]) -> RowResult:
             other: {group: pair for group, value in mappings(held).items() if (pair := Pair.of(value)) is not None}
             for other, held in mappings(row.get("against")).items()
         },
+        by_seed=_by_seed(row.get("by_seed")),
     )
 
 
@@ -91,11 +94,22 @@ def _counts(value: Any) -> dict[str, Count]:
     return {name: found for name, given in mapping(value).items() if (found := Count.of(given)) is not None}
 
 
+def _by_seed(value: Any) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for groups in mappings(value).values():
+        for group, share in groups.items():
+            if (known := number(share)) is not None:
+                found.setdefault(group, []).append(known)
+    return found
+
+
 def _plot(rows: Sequence[RowResult], group: str) -> Markup:
     lines = []
     for row in rows:
         found = row.groups.get(group)
         if found is not None and found.accuracy is not None:
-            lines.append(Line(row.title, [Mark(found.accuracy, found.interval, "student")]))
+            small = row.by_seed.get(group, ())
+            mark = Mark(found.accuracy, found.interval, "student", small=small if len(small) > 1 else ())
+            lines.append(Line(row.title, [mark]))
     said = f"Accuracy of each row on {group} with 95 % intervals; the same numbers stand in the table"
     return whiskers(said, lines, f"{group}: accuracy (%)")

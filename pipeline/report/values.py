@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Interval = tuple[float, float]
 
+_HUGE = 1e300
+
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """A finite number that can be multiplied a little, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _HUGE else None
 
 
 def count(value: Any) -> int:

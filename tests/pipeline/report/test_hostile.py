@@ -29,7 +29,7 @@ def hostile_page(run: Path, folder: Path) -> Path:
             "id": f"{place}{EVIL}",
             "audio": CLIPS[place % len(CLIPS)],
             "question": EVIL,
-            "choices": [EVIL, f"{EVIL}2"],
+            "choices": [EVIL, "nothing"],
             "answer": EVIL,
             "task": f"{place % 2}{EVIL}",
             "difficulty": EVIL,

@@ -129,7 +129,7 @@ def test_what_was_forgotten_is_listed_with_both_answers(read: Page, original: Pa
     listed = [json.loads(line) for line in (original / "evaluate" / "forgotten.jsonl").read_text().splitlines()]
     rows = read.table("Forgotten samples")[1:]
     assert [row[0] for row in rows] == [line["id"] for line in listed]
-    assert rows[0][3:] == [listed[0]["answer"], listed[0]["base"], "wrong"]
+    assert rows[0][3:] == [listed[0]["answer"], listed[0]["base"], listed[0]["student"]]
     assert f"{len(listed)} samples." in read.sections["accuracy"].text
     assert len(listed) == scores_of(original)["paired"]["all"]["forgotten"]
 
@@ -142,7 +142,9 @@ def test_the_rows_are_those_of_the_file(read: Page, original: Path):
     differences = read.table("Differences from sft")[1:]
     assert [row[0] for row in differences] == [row["title"] for row in given[2:]] and differences[0][1] == "+1.5"
     plots = [one for one in read.sections["rows"].all("svg") if one.attributes.get("role") == "img"]
-    assert len(plots) == 2 and all(len(plot.all("circle")) == 7 for plot in plots)
+    assert len(plots) == 2 and all(len(plot.all("circle")) == 7 + 6 * 3 for plot in plots), (
+        "and a small dot for each seed"
+    )
 
 
 def test_tokens_are_shaded_by_what_the_teacher_gives_them(read: Page, original: Path):
