@@ -152,7 +152,9 @@ def _head(ctx: Context, config_file: Path, rows_file: Path | None) -> list[tuple
         "writer of traces": config.tracer,
     }
     same = [name for name, model in teachers.items() if name != "student" and model.path == config.student.model.path]
-    told = [("run folder", str(ctx.run_folder)), ("configuration", str(config_file))]
+    here = Path.cwd().resolve()
+    folder = ctx.run_folder.relative_to(here) if ctx.run_folder.is_relative_to(here) else ctx.run_folder
+    told = [("run folder", str(folder)), ("configuration", str(config_file))]
     told += [(name, model.path) for name, model in teachers.items() if name not in same]
     told += [("the student's model is also", ", ".join(same))] if same else []
     weights = config.train.weights

@@ -88,10 +88,10 @@ def main() -> None:
     if program is None:
         raise SystemExit("chromium is not installed: apt-get install chromium")
     found = look(program, given.page, given.width, dark=given.dark)
-    print(json.dumps(found, indent=1))
     if given.picture:
         height = given.height or min(found["height"], 16_000)
         picture(program, given.page, given.picture, width=given.width, height=height, dark=given.dark)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
