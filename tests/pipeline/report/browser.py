@@ -21,7 +21,7 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def call(program: str, *words: str, seconds: int = 60) -> str:
+def call(program: str, *words: str, seconds: int = 180) -> str:
     """What Chromium writes to standard output."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--mute-audio")

@@ -12,7 +12,7 @@ from kdpipe.pipeline.report.values import visible
 from kdpipe.pipeline.runner import Request
 
 from .reader import Page
-from .world import add_evaluation, write_manifest, write_rows
+from .world import add_evaluation, write_manifest
 
 EVIL = (
     '"\'></td></style></svg><script>window.kdpipe_ran=1</script><img src=x onerror="window.kdpipe_ran=1">'
@@ -51,7 +51,7 @@ def hostile_page(run: Path, folder: Path) -> Path:
     (run / "train" / "metrics.jsonl").write_text(
         lines.replace('"layer/01"', json.dumps(EVIL)).replace('"sft"', json.dumps(EVIL))
     )
-    rows = write_rows(run / "rows" / "results.json")
+    rows = json.loads((run / "rows" / "results.json").read_text())
     for row in rows["rows"]:
         row |= {
             "title": EVIL,

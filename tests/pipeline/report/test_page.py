@@ -137,14 +137,16 @@ def test_what_was_forgotten_is_listed_with_both_answers(read: Page, original: Pa
 def test_the_rows_are_those_of_the_file(read: Page, original: Path):
     given = json.loads((original / "rows" / "results.json").read_text())["rows"]
     rows = read.table("The rows, By group")[1:]
-    assert [row[0] for row in rows] == [row["title"] for row in given]
+    assert [row[0] for row in rows] == [row["title"] for row in given] and len(rows) == 7
     assert rows[1][1] == "0, 1, 2" and rows[1][2] == shown(given[1]["groups"]["reasoning"]["accuracy"])
-    differences = read.table("Differences from sft")[1:]
-    assert [row[0] for row in differences] == [row["title"] for row in given[2:]] and differences[0][1] == "+1.5"
+    assert rows[1][4] == str(given[1]["groups"]["reasoning"]["n"])
+    differences = {row[0]: row[1] for row in read.table("Differences from sft")[1:]}
+    last = given[-1]["against"]["sft"]["reasoning"]["difference"]
+    assert differences[given[-1]["title"]] == f"{100 * last:+.1f}".replace("-", "−") and len(differences) == 6
+    assert len(read.table("Differences from base")) == 7
     plots = [one for one in read.sections["rows"].all("svg") if one.attributes.get("role") == "img"]
-    assert len(plots) == 2 and all(len(plot.all("circle")) == 7 + 6 * 3 for plot in plots), (
-        "and a small dot for each seed"
-    )
+    assert len(plots) == 3, "reasoning, hearing, all"
+    assert all(len(plot.all("circle")) == 7 + 7 * 3 for plot in plots), "and a small dot for each seed"
 
 
 def test_tokens_are_shaded_by_what_the_teacher_gives_them(read: Page, original: Path):
@@ -255,7 +257,7 @@ def test_rows_can_lie_elsewhere(run: Path, tmp_path: Path):
     kdpipe("-c", config, "-o", target, "--no-audio")
     assert "rows" not in Page(Path(target)).sections
     kdpipe("-c", config, "-o", target, "--no-audio", "--rows", str(tmp_path / "mine.json"))
-    assert "SFT only" in Page(Path(target)).sections["rows"].text
+    assert "The rows" in Page(Path(target)).sections["rows"].text
     assert "there is no such file" in kdpipe("-c", config, "-o", target, "--rows", str(tmp_path / "no.json"), code=2)
 
 
