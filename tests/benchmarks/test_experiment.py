@@ -1,0 +1,165 @@
+"""The experiment on real speech, so small that it takes seconds: the world, the configuration, the table."""
+
+import importlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from kdpipe.data.cota import TraceSchema
+from kdpipe.data.manifest import check_sample, load_manifest
+from kdpipe.pipeline.config import load_config
+
+HERE = Path(__file__).parent
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SMALL = {"train": (1, 2), "val": (1, 1), "test": (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """`bench_experiment.py`, which finds its neighbours as a script does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        yield importlib.import_module("bench_experiment")
+
+
+@pytest.fixture(scope="module")
+def manifest(bench, recordings, tmp_path_factory):
+    return bench.world.make_world(tmp_path_factory.mktemp("world"), recordings, SMALL, seed=1)
+
+
+def _right(heard: str, question: str) -> str:
+    """The answer from the description, without the help of the code under test."""
+    speaker, words = heard.split(": ")
+    parts = words.split()
+    digits = [DIGITS.index(word) for word in parts if word in DIGITS]
+    (place,) = [index for index, word in enumerate(parts) if word not in DIGITS]
+    first, last = digits[0], digits[-1]
+    if question.startswith("Which digit is larger"):
+        return DIGITS[max(first, last)]
+    if question.startswith("Which digit is "):
+        return DIGITS[digits[("first", "second", "third").index(question.split()[-1].rstrip("?"))]]
+    return {
+        "Who speaks?": lambda: speaker,
+        "Which sound is heard?": lambda: parts[place],
+        "Where is the sound?": lambda: {0: "before", len(parts) - 1: "after"}.get(place, "between"),
+        "What is the sum of the first and the last digit?": lambda: [
+            *DIGITS,
+            *["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"],
+        ][first + last],
+        "Is the sum of the first and the last digit even or odd?": lambda: "even" if (first + last) % 2 == 0 else "odd",
+        "How many digits are above four?": lambda: DIGITS[len([digit for digit in digits if digit >= 5])],
+        "Which digit follows the sound?": lambda: parts[place + 1],
+    }[question]()
+
+
+def test_answers_follow_from_what_is_in_the_clip(manifest):
+    loaded = load_manifest(manifest)
+    tasks = defaultdict(int)
+    for sample in loaded.samples:
+        check_sample(sample)
+        assert sample.answer == _right(sample.extra["heard"], sample.question)
+        assert not sample.choices or sample.answer in sample.choices
+        speaker, words = sample.extra["heard"].split(": ")
+        for word, source in zip(words.split(), sample.extra["sources"], strict=True):
+            if word in DIGITS:
+                assert Path(source).name.startswith(f"{DIGITS.index(word)}_{speaker}_")
+            else:
+                assert word in source
+        tasks[sample.split, sample.task] += 1
+        wave, rate = soundfile.read(sample.audio[0].path)
+        assert rate == 16_000 and 0.8 < len(wave) / rate <= 3.0 and np.abs(wave).max() > 0.05
+    reasoning = ("sum", "parity", "compare", "count", "across")
+    hearing = ("digit", "voice", "sound", "order")
+    assert tasks == {
+        (split, task): n
+        for split in SMALL
+        for n, own in zip(SMALL[split], (hearing, reasoning), strict=True)
+        for task in own
+    }
+
+
+def test_no_recording_is_heard_in_two_splits(bench, recordings):
+    known = {}
+    for split in bench.world.SPLITS:
+        own = bench.world.Recordings(recordings, split)
+        known[split] = {path for paths in (*own.digits.values(), *own.sounds.values()) for path in paths}
+    assert all(known.values())
+    assert not known["train"] & known["val"] and not known["test"] & (known["train"] | known["val"])
+    for path in known["test"]:
+        assert path.name.startswith("3-") if path.suffix == ".ogg" else int(path.stem.split("_")[2]) < 5
+    assert not any(path.name.startswith("3-") for path in known["train"] | known["val"])
+
+
+def test_clips_use_only_recordings_of_their_split(bench, recordings, manifest):
+    for sample in load_manifest(manifest).samples:
+        own = bench.world.Recordings(recordings, sample.split)
+        known = {path for paths in (*own.digits.values(), *own.sounds.values()) for path in paths}
+        assert {recordings / source for source in sample.extra["sources"]} <= known
+
+
+def test_the_same_seed_gives_the_same_bytes(bench, recordings, manifest, tmp_path):
+    again = bench.world.make_world(tmp_path, recordings, SMALL, seed=1)
+    assert again.read_bytes() == manifest.read_bytes()
+    for clip in (tmp_path / "clips").iterdir():
+        assert clip.read_bytes() == (manifest.parent / "clips" / clip.name).read_bytes()
+
+
+def test_gold_traces_parse_and_fit_their_limits(bench):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene, question = bench.world.sample_question(rng)
+        assert question.answer == _right(bench.world.describe(scene), question.text)
+        trace = TraceSchema().parse(bench.world.trace(scene, question, rng))
+        assert trace.response == question.answer and trace.sections["CAPTION"] == bench.world.describe(scene)
+        assert max(map(len, trace.sections.values())) <= 80
+
+
+def test_the_configuration_loads(bench, tmp_path):
+    (tmp_path / "kdpipe.yaml").write_text(bench.CONFIG)
+    config = load_config(tmp_path / "kdpipe.yaml")
+    assert set(config.train.task_weights) <= set(bench.world.TASKS)
+    assert config.evaluate.temperature == 0
+
+
+def test_data_and_models_are_made_once(bench, recordings, tmp_path, monkeypatch):
+    """At a tiny scale, and with an end in between: the second call makes only what is missing."""
+    monkeypatch.setattr(bench, "make_models", _stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.prepare(tmp_path, recordings, 0.01)
+    written = (tmp_path / "data" / "manifest.jsonl").stat().st_mtime_ns
+    assert not (tmp_path / "models").exists() and not list((tmp_path / "tmp").iterdir())
+
+    monkeypatch.setattr(bench, "make_models", _made)
+    bench.prepare(tmp_path, recordings, 0.01)
+    assert (tmp_path / "data" / "manifest.jsonl").stat().st_mtime_ns == written
+    assert json.loads((tmp_path / "models" / "scores.json").read_text()) == {"student.digit": 0.5}
+    assert len(load_manifest(tmp_path / "data" / "manifest.jsonl").samples) == 3 * 9
+
+
+def test_table_and_plot_show_every_row(bench, tmp_path):
+    def scores(right):
+        return {"by_task": {task: {"correct": right, "n": 100} for task in bench.world.TASKS}}
+
+    results = {"rows": {"base": {"seeds": {"0": scores(50)}}, "sft": {"seeds": {"0": scores(60), "1": scores(80)}}}}
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "results.json").write_text(json.dumps(results))
+    bench.draw(tmp_path)
+    base, sft = (tmp_path / "results.md").read_text().splitlines()[2:]
+    assert base.startswith("| base | 50.0 (45.6 to 54.4) | 50.0 (45.1 to 54.9) | 50.0 |")
+    assert sft.startswith("| sft | 70.0 (65.8 to 73.8) |")
+    drawn = (tmp_path / "results.svg").read_bytes()
+    assert b">base<" in drawn and b">sft<" in drawn
+    bench.draw(tmp_path)
+    assert (tmp_path / "results.svg").read_bytes() == drawn
+
+
+def _stopped(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def _made(folder, *args, **kwargs):
+    return {"student.digit": 0.5}
