@@ -88,10 +88,9 @@ def run_rows(folder: Path, seeds: str) -> None:
 def draw(folder: Path) -> None:
     """Writes `results.md` and `results.svg` from what the rows measured, and prints the table."""
     results = json.loads((folder / "rows" / "results.json").read_text(encoding="utf-8"))
-    rows = outcome.read(results)
-    table = outcome.table(rows)
+    table = outcome.table(results)
     write_atomically(folder / "results.md", lambda path: path.write_text(table, encoding="utf-8"), folder / "tmp")
-    write_atomically(folder / "results.svg", lambda path: outcome.plot(rows, path), folder / "tmp")
+    write_atomically(folder / "results.svg", lambda path: outcome.plot(results, path), folder / "tmp")
     print(table)
 
 

@@ -82,11 +82,17 @@ def test_answers_follow_from_what_is_in_the_clip(manifest):
     }
 
 
-def test_no_recording_is_heard_in_two_splits(bench, recordings):
-    known = {}
-    for split in bench.world.SPLITS:
-        own = bench.world.Recordings(recordings, split)
-        known[split] = {path for paths in (*own.digits.values(), *own.sounds.values()) for path in paths}
+@pytest.fixture(scope="module")
+def known(bench, recordings):
+    """The recordings of each split."""
+    found = {split: bench.world.Recordings(recordings, split) for split in bench.world.SPLITS}
+    return {
+        split: {path for paths in (*own.digits.values(), *own.sounds.values()) for path in paths}
+        for split, own in found.items()
+    }
+
+
+def test_no_recording_is_heard_in_two_splits(known):
     assert all(known.values())
     assert not known["train"] & known["val"] and not known["test"] & (known["train"] | known["val"])
     for path in known["test"]:
@@ -94,11 +100,9 @@ def test_no_recording_is_heard_in_two_splits(bench, recordings):
     assert not any(path.name.startswith("3-") for path in known["train"] | known["val"])
 
 
-def test_clips_use_only_recordings_of_their_split(bench, recordings, manifest):
+def test_clips_use_only_recordings_of_their_split(known, recordings, manifest):
     for sample in load_manifest(manifest).samples:
-        own = bench.world.Recordings(recordings, sample.split)
-        known = {path for paths in (*own.digits.values(), *own.sounds.values()) for path in paths}
-        assert {recordings / source for source in sample.extra["sources"]} <= known
+        assert {recordings / source for source in sample.extra["sources"]} <= known[sample.split]
 
 
 def test_the_same_seed_gives_the_same_bytes(bench, recordings, manifest, tmp_path):
@@ -141,18 +145,29 @@ def test_data_and_models_are_made_once(bench, recordings, tmp_path, monkeypatch)
 
 
 def test_table_and_plot_show_every_row(bench, tmp_path):
-    def scores(right):
-        return {"by_task": {task: {"correct": right, "n": 100} for task in bench.world.TASKS}}
+    def row(name, accuracy, against):
+        found = {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1], "n": 100}
+        return {
+            "name": name,
+            "title": name.upper(),
+            "seeds": [0, 1],
+            "groups": dict.fromkeys(("reasoning", "hearing", "all"), found),
+            "tasks": dict.fromkeys(bench.world.TASKS, found),
+            "by_seed": {"0": {"reasoning": accuracy, "hearing": accuracy}},
+            "against": {other: dict.fromkeys(("reasoning", "hearing"), over) for other, over in against.items()},
+        }
 
-    results = {"rows": {"base": {"seeds": {"0": scores(50)}}, "sft": {"seeds": {"0": scores(60), "1": scores(80)}}}}
+    over = {"difference": 0.2, "interval": [-0.05, 0.45], "n": 100}
+    none = {"difference": None, "interval": None, "n": 0}
+    results = {"format": 1, "rows": [row("base", 0.5, {"sft": none}), row("sft", 0.7, {"base": over})]}
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "results.json").write_text(json.dumps(results))
     bench.draw(tmp_path)
     base, sft = (tmp_path / "results.md").read_text().splitlines()[2:]
-    assert base.startswith("| base | 50.0 (45.6 to 54.4) | 50.0 (45.1 to 54.9) | 50.0 |")
-    assert sft.startswith("| sft | 70.0 (65.8 to 73.8) |")
+    assert base.startswith("| BASE | 50.0 (40.0 to 60.0) |  | 50.0 (40.0 to 60.0) |  | 50.0 |")
+    assert sft.startswith("| SFT | 70.0 (60.0 to 80.0) |  | 70.0 (60.0 to 80.0) | +20.0 (-5.0 to +45.0) | 70.0 |")
     drawn = (tmp_path / "results.svg").read_bytes()
-    assert b">base<" in drawn and b">sft<" in drawn
+    assert b"<!-- BASE -->" in drawn and b"<!-- SFT -->" in drawn
     bench.draw(tmp_path)
     assert (tmp_path / "results.svg").read_bytes() == drawn
 
