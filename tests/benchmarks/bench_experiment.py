@@ -26,7 +26,7 @@ from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import build_aside, move_into_place, write_atomically, write_json
 
 SEED = 0
-COUNTS = {"train": (40, 80), "val": (30, 40), "test": (60, 120)}
+COUNTS = {"train": (40, 80), "val": (60, 100), "test": (60, 120)}
 """By split: questions of each hearing task and of each reasoning task."""
 
 

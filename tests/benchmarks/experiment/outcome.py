@@ -28,8 +28,10 @@ def table(results: Results) -> str:
             found = row["groups"][group]
             cells.append(f"{100 * found['accuracy']:.1f} ({_percent(found['interval'])})")
             over = row["against"].get(other, {}).get(group)
-            known = over is not None and over["difference"] is not None
-            cells.append(f"{100 * over['difference']:+.1f} ({_percent(over['interval'], '+')})" if known else "")
+            if over is None or over["difference"] is None:
+                cells.append("")
+            else:
+                cells.append(f"{100 * over['difference']:+.1f} ({_percent(over['interval'], '+')})")
         cells += [f"{100 * row['tasks'][task]['accuracy']:.1f}" for task in tasks]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
