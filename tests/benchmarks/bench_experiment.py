@@ -79,8 +79,11 @@ def run_rows(folder: Path, seeds: str) -> None:
     Raises:
         KdpipeError: a row failed.
     """
-    command = [sys.executable, "-c", "from kdpipe.pipeline.cli import main; main()", "rows"]
-    done = subprocess.run([*command, "-c", str(folder / "kdpipe.yaml"), "--seeds", seeds], env=dict(os.environ))
+    command = [sys.executable, "-P", "-c", "from kdpipe.pipeline.cli import main; main()", "rows"]
+    command += ["-c", str(folder / "kdpipe.yaml"), "--seeds", seeds]
+    for group, tasks in outcome.GROUPS.items():
+        command += ["--group", f"{group}={','.join(tasks)}"]
+    done = subprocess.run(command, env=dict(os.environ))
     if done.returncode:
         raise KdpipeError(f"{folder}: `kdpipe rows` failed; see above. The same command goes on where it stopped.")
 
