@@ -46,10 +46,7 @@ def _right(heard: str, question: str) -> str:
         "Who speaks?": lambda: speaker,
         "Which sound is heard?": lambda: parts[place],
         "Where is the sound?": lambda: {0: "before", len(parts) - 1: "after"}.get(place, "between"),
-        "What is the sum of the first and the last digit?": lambda: [
-            *DIGITS,
-            *["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"],
-        ][first + last],
+        "What is the sum of the first and the last digit?": lambda: [*DIGITS, "ten"][first + last],
         "Is the sum of the first and the last digit even or odd?": lambda: "even" if (first + last) % 2 == 0 else "odd",
         "How many digits are above four?": lambda: DIGITS[len([digit for digit in digits if digit >= 5])],
         "Which digit follows the sound?": lambda: parts[place + 1],

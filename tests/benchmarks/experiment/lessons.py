@@ -53,6 +53,10 @@ class Effort:
     teacher_steps: int = 450
 
 
+_HARDEST = "sum"
+"""A task that the teacher sees oftener than others."""
+
+
 @dataclass(frozen=True)
 class _Heard:
     """A clip with its question: features, length, and for each audio token what sounds and who speaks."""
@@ -102,7 +106,8 @@ def teach_teacher(folder: Path, effort: Effort, *, seed: int, report: Report, ba
     def loss(step: int) -> torch.Tensor:
         lessons = []
         for _ in range(batch):
-            scene, question = world.sample_question(rng)
+            task = _HARDEST if rng.random() < 0.2 else None
+            scene, question = world.sample_question(rng, task)
             lessons.append(Example("", prompt(scene, question), encoder.target_ids(world.trace(scene, question, rng))))
         return next_token_loss(teacher, encoder, lessons)
 

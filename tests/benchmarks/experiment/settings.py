@@ -6,6 +6,16 @@ import json
 
 from experiment import world
 
+_HEARS = "{top: 0, layer: 0, acoustic: 1.0, acoustic_top: 1.0, sft: 0}"
+"""Hearing questions are left to the acoustic teacher: the base student answers them as well as it ever will."""
+_REASONS = "{acoustic: 1.0}"
+
+
+def _task_weights() -> str:
+    weights = dict.fromkeys(world.HEARING, _HEARS) | dict.fromkeys(world.REASONING, _REASONS)
+    return "\n".join(f"    {task}: {values}" for task, values in weights.items())
+
+
 CONFIG = f"""\
 # Written by tests/benchmarks/bench_experiment.py. The general weights are those of the row with all layers and the
 # acoustic teacher; task_weights are those of the last row, `ours`. Tuned on the split `val`, never on `test`.
@@ -44,6 +54,8 @@ layers: {{mode: all, every: 2, match: lens}}
 
 train:
   weights: {{top: 1.0, layer: 0.05, acoustic: 0.05, sft: 0.5}}
+  task_weights:
+{_task_weights()}
   epochs: 12
   learning_rate: 1e-3
   global_batch_tokens: 4096
