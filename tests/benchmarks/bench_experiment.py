@@ -46,6 +46,7 @@ def effort_at(scale: float) -> Effort:
         frame_steps=max(1, round(scale * full.frame_steps)),
         text_steps=max(1, round(scale * full.text_steps)),
         teacher_steps=max(1, round(scale * full.teacher_steps)),
+        exam=max(9, round(scale * full.exam)),
     )
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,27 @@ def test_data_and_models_are_made_once(bench, recordings, tmp_path, monkeypatch)
     assert (tmp_path / "data" / "manifest.jsonl").stat().st_mtime_ns == written
     assert json.loads((tmp_path / "models" / "scores.json").read_text()) == {"student.digit": 0.5}
     assert len(load_manifest(tmp_path / "data" / "manifest.jsonl").samples) == 3 * 9
+
+
+def test_both_models_are_taught(bench, recordings, tmp_path):
+    """A step or two each: that the lessons run on what the models and the recordings are."""
+    lessons = importlib.import_module("experiment.lessons")
+    text_tokenizer, audio_tokenizer = lessons.models.make_tokenizers(texts=list(bench.world.texts(400, seed=0)))
+    effort = replace(bench.effort_at(0.001), clips=8, exam=9)
+    lines = []
+    for name, make, tokenizer in (
+        ("teacher", lessons.models.make_qwen3, text_tokenizer),
+        ("student", lessons.models.make_qwen2_5_omni, audio_tokenizer),
+    ):
+        folder = make(tmp_path / name, tokenizer=tokenizer, seed=0)
+        before = (folder / "model.safetensors").read_bytes()
+        if name == "teacher":
+            scores = lessons.teach_teacher(folder, effort, seed=0, report=lines.append, batch=2)
+        else:
+            scores = lessons.teach_student(folder, recordings, effort, seed=0, report=lines.append, batch=2)
+        assert scores and all(score.startswith(f"{name}.") and 0 <= scores[score] <= 1 for score in scores)
+        assert (folder / "model.safetensors").read_bytes() != before
+    assert lines[-1].startswith("student on validation: ")
 
 
 def test_table_and_plot_show_every_row(bench, tmp_path):

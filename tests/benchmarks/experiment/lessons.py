@@ -45,12 +45,14 @@ class Effort:
         frame_steps: steps in which encoder and projector learn to name what sounds.
         text_steps: steps in which the student learns to write.
         teacher_steps: steps of the teacher.
+        exam: questions that each is asked at the end.
     """
 
     clips: int = 3000
     frame_steps: int = 400
     text_steps: int = 500
-    teacher_steps: int = 450
+    teacher_steps: int = 700
+    exam: int = 180
 
 
 _HARDEST = "sum"
@@ -113,7 +115,7 @@ def teach_teacher(folder: Path, effort: Effort, *, seed: int, report: Report, ba
 
     train_steps(teacher.model.parameters(), loss, effort.teacher_steps, 2e-3, "teacher: traces", report)
     models.save_weights(teacher.model, folder)
-    exam = [world.sample_question(np.random.default_rng([seed, 1, row])) for row in range(180)]
+    exam = [world.sample_question(np.random.default_rng([seed, 1, row])) for row in range(effort.exam)]
     written = write_greedily(teacher, encoder, [Example("", prompt(*asked)) for asked in exam])
     return _graded("teacher", written, [question for _, question in exam], report)
 
@@ -152,7 +154,7 @@ def teach_student(
     train_steps(student.model.parameters(), text_loss, effort.text_steps, rate, "student: texts", report)
     models.save_weights(student.model, folder)
 
-    exam = _listen(encoder, Recordings(recordings, "val"), 180, world.TASKS, [seed, 4])
+    exam = _listen(encoder, Recordings(recordings, "val"), effort.exam, world.TASKS, [seed, 4])
     described = write_greedily(student, encoder, [_described(encoder, clip) for clip in exam])
     right = np.mean([text == world.describe(clip.scene) for text, clip in zip(described, exam, strict=True)])
     report(f"student: describes {right:.0%} of validation clips exactly")
