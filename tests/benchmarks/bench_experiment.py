@@ -44,6 +44,7 @@ def effort_at(scale: float) -> Effort:
     return Effort(
         clips=max(32, round(scale * full.clips)),
         frame_steps=max(1, round(scale * full.frame_steps)),
+        describe_steps=max(1, round(scale * full.describe_steps)),
         text_steps=max(1, round(scale * full.text_steps)),
         teacher_steps=max(1, round(scale * full.teacher_steps)),
         exam=max(9, round(scale * full.exam)),
