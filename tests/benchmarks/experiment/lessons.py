@@ -51,7 +51,7 @@ class Effort:
 
     clips: int = 3000
     frame_steps: int = 400
-    describe_steps: int = 500
+    describe_steps: int = 400
     text_steps: int = 300
     teacher_steps: int = 700
     exam: int = 180
@@ -142,9 +142,10 @@ def teach_student(
         voices = functional.cross_entropy(scores[:, world.EVENTS :], torch.cat([clip.voices for clip in heard]))
         return events + voices
 
-    def text_loss(step: int) -> torch.Tensor:
+    def text_loss(share: float) -> torch.Tensor:
+        """Of a batch in which this share of the clips is described, and a question is asked of the others."""
         examples = []
-        for describes in rng.random(batch) < (1.0 if step < effort.describe_steps else 0.5):
+        for describes in rng.random(batch) < share:
             clip = lessons[rng.integers(len(lessons))]
             response = world.describe(clip.scene) if describes else world.trace(clip.scene, clip.question, rng)
             example = _described(encoder, clip) if describes else _asked(encoder, clip)
@@ -155,8 +156,9 @@ def teach_student(
     train_steps(tower, frame_loss, effort.frame_steps, rate, "student: what sounds", report)
     # From here on the encoder stays as it is: a text stack that cannot read it yet would teach it to forget the digits.
     network.audio_tower.requires_grad_(False)
-    steps = effort.describe_steps + effort.text_steps
-    train_steps(student.model.parameters(), text_loss, steps, rate, "student: texts", report)
+    every = list(student.model.parameters())
+    train_steps(every, lambda _: text_loss(1.0), effort.describe_steps, rate, "student: descriptions", report)
+    train_steps(every, lambda _: text_loss(0.4), effort.text_steps, rate, "student: questions", report)
     models.save_weights(student.model, folder)
 
     exam = _listen(encoder, Recordings(recordings, "val"), effort.exam, world.TASKS, [seed, 4])
