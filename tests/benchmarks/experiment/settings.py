@@ -18,7 +18,7 @@ def _task_weights() -> str:
 
 CONFIG = f"""\
 # Written by tests/benchmarks/bench_experiment.py. The general weights are those of the row with all layers and the
-# acoustic teacher; task_weights are those of the last row, `ours`. Tuned on the split `val`, never on `test`.
+# acoustic teacher; task_weights are those of the last row, `ours`. Tune on `val`, never on `test`.
 data:
   manifest: data/manifest.jsonl
   max_seconds: {world.MAX_SECONDS:g}
