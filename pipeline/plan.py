@@ -70,7 +70,7 @@ def make_plans(ctx: Context, target: str | None = None) -> dict[str, StagePlan]:
         KdpipeError: the manifest, a model folder or a ledger cannot be read.
     """
     plans: dict[str, StagePlan] = {}
-    with _without_collecting():
+    with without_collecting():
         for name in STAGES if target is None else upstream(target):
             plans[name] = compare(name, STAGES[name].wanted(ctx, plans), ctx.ledger(name), environment(ctx, name))
     ctx.prints.save()
@@ -78,7 +78,7 @@ def make_plans(ctx: Context, target: str | None = None) -> dict[str, StagePlan]:
 
 
 @contextmanager
-def _without_collecting() -> Iterator[None]:
+def without_collecting() -> Iterator[None]:
     """Plans are millions of objects without cycles, and looking for cycles in them takes a third of the time."""
     was_on = gc.isenabled()
     gc.disable()
