@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, is_dataclass
+from itertools import islice
 from json.encoder import encode_basestring_ascii as encode_text
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kdpipe.data.errors import KdpipeError
 
 _DIGEST_CHARS = 32
 _BLOCK_BYTES = 1 << 22
+_TEXTS_AT_ONCE = 1024
 RACY_NS = 2_000_000_000
 """A file younger than this may be written again without a change of its size and times; in nanoseconds."""
 
@@ -72,17 +74,13 @@ def _text(value: Any) -> str:
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def digest_each(items: Iterable[Any]) -> str:
-    """What `digest` gives for a list of the items, without holding their text."""
-    return digest_texts(map(_text, items))
-
-
 def digest_texts(texts: Iterable[str]) -> str:
-    """What `digest_each` gives for items whose JSON, as `digest` writes it, is known."""
+    """What `digest` gives for a list of items whose JSON, as it writes it, is known; the list is not held."""
     state = hashlib.sha256()
+    texts = iter(texts)
     before = "["
-    for text in texts:
-        state.update((before + text).encode())
+    while some := list(islice(texts, _TEXTS_AT_ONCE)):
+        state.update((before + ",".join(some)).encode())
         before = ","
     state.update(("[]" if before == "[" else "]").encode())
     return state.hexdigest()[:_DIGEST_CHARS]

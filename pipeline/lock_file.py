@@ -9,7 +9,7 @@ from typing import Any
 
 from kdpipe.data.fields import Fields
 from kdpipe.data.files import write_atomically
-from kdpipe.data.hashing import digest, digest_each
+from kdpipe.data.hashing import digest, digest_texts, encode_text
 from kdpipe.pipeline.plan import STAGES, status_of
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.config import identity_of
@@ -42,6 +42,7 @@ def write_lock_file(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
 def _entry(name: str, plan: StagePlan) -> dict[str, Any]:
     status, ledger = status_of(plan), plan.ledger
     rows = sorted(row for source in ledger.sources for row in ledger.values(source, "id", "source", "key"))
+    texts = (f"[{encode_text(sample)},{encode_text(source)},{encode_text(key)}]" for sample, source, key in rows)
     made_with = Counter(text for source in ledger.sources for (text,) in ledger.values(source, "made_with"))
     return {
         "version": STAGES[name].version,
@@ -50,7 +51,7 @@ def _entry(name: str, plan: StagePlan) -> dict[str, Any]:
         **({"accepted": plan.accepted} if plan.accepted else {}),
         "made_with": {text or "not recorded": count for text, count in sorted(made_with.items())},
         "made_from": _made_from(plan),
-        "keys": digest_each(rows),
+        "keys": digest_texts(texts),
     }
 
 

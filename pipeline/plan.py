@@ -63,16 +63,26 @@ def upstream(name: str) -> list[str]:
     return [stage for stage in STAGES if stage in needed]
 
 
-def make_plans(ctx: Context, target: str | None = None) -> dict[str, StagePlan]:
+def make_plans(
+    ctx: Context, target: str | None = None, made: Mapping[str, StagePlan] | None = None
+) -> dict[str, StagePlan]:
     """Plans of all stages, or of those that `target` needs.
+
+    Args:
+        ctx: the run.
+        target: a stage, or None for all.
+        made: plans of this context that hold still.
 
     Raises:
         KdpipeError: the manifest, a model folder or a ledger cannot be read.
     """
-    plans: dict[str, StagePlan] = {}
+    made, plans = made or {}, {}
     with without_collecting():
         for name in STAGES if target is None else upstream(target):
-            plans[name] = compare(name, STAGES[name].wanted(ctx, plans), ctx.ledger(name), environment(ctx, name))
+            if name in made:
+                plans[name] = made[name]
+            else:
+                plans[name] = compare(name, STAGES[name].wanted(ctx, plans), ctx.ledger(name), environment(ctx, name))
     ctx.prints.save()
     return plans
 

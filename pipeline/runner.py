@@ -88,7 +88,9 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     ran = False
     with hold([ctx.run_folder, ctx.cache_folder]) as locks:
         clean_tmp(ctx)
-        last = look(request.context(), target)
+        now = request.context()
+        now.take_manifest(ctx)
+        last = look(now, target)
         for name in upstream(target):
             plan = last.plans[name]
             if STAGES[name].whole:
@@ -112,8 +114,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 )
         if target == "evaluate" and not assembled(ctx):
             assemble(ctx)
-        if last.plans.keys() != STAGES.keys():
-            last = look(request.context())
+        last = last.completed()
         write_lock_file(last.ctx, last.plans)
         last.keep(done=upstream(target))
     return ran
