@@ -160,15 +160,21 @@ def _check_budget(ctx: Context, plan: StagePlan) -> None:
 
 def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
     command = [sys.executable, "-P", "-m", "kdpipe.pipeline.worker", name, str(request.config_file), *request.overrides]
-    process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches the stage by itself, being in the same process group; a SIGTERM does not.
-        if number != signal.SIGINT:
+        # The stage takes a SIGINT that a terminal has sent to it as well for the same one.
+        if process is None:
+            early.append(number)
+        else:
             process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
+        for number in early:
+            process.send_signal(number)
         code = process.wait()
     finally:
         for number, handler in previous.items():
