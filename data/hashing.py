@@ -134,6 +134,7 @@ class Fingerprints:
         self._seen: dict[str, _Entry] = {}
         self._unreadable: set[str] = set()
         self._folders: dict[str, str] = {}
+        self._listed: dict[tuple[Path, tuple[str, ...]], list[str]] = {}
         if memory is not None and memory.exists():
             try:
                 with closing(
@@ -200,10 +201,19 @@ class Fingerprints:
         Raises:
             OSError: the folder is missing or cannot be read.
         """
-        names = sorted(
-            entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(tuple(suffixes))
-        )
+        names = self._listed[folder, tuple(suffixes)] = _names_in(folder, tuple(suffixes))
         return digest({name: self.file(folder / name) for name in names})
+
+    def changed_in(self, folder: Path) -> list[Path]:
+        """Files of a folder that its digest, where this object gave one, would not be of any more: changed, gone or
+        new."""
+        moved: set[str] = set()
+        for (listed, suffixes), names in self._listed.items():
+            if listed == folder:
+                now = _names_in(folder, suffixes) if folder.is_dir() else []
+                moved |= set(names) ^ set(now)
+                moved |= {path.name for path in self.changed(folder / name for name in names)}
+        return [folder / name for name in sorted(moved)]
 
     def changed(self, paths: Iterable[Path]) -> list[Path]:
         """Those of `paths` that this object saw and whose content is another now, or that are gone since.
@@ -247,3 +257,8 @@ class Fingerprints:
             return
         self._known.update(self._fresh)
         self._fresh.clear()
+
+
+def _names_in(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Names of the files directly in a folder that end in one of `suffixes`, in order."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(suffixes))

@@ -139,6 +139,20 @@ class Context:
                 "Run the command again."
             )
 
+    def recheck_model(self, folder: Path) -> None:
+        """Refuses to go on if a model changed between being hashed and being loaded; called when it is loaded.
+
+        Raises:
+            KdpipeError: names the files that changed.
+        """
+        changed = self.prints.changed_in(folder)
+        if changed:
+            names = ", ".join(str(path) for path in changed[:5])
+            raise KdpipeError(
+                f"{names}: changed, added or removed since the command was started; nothing was made with this model. "
+                "Restore it if that was not meant, and run the command again."
+            )
+
 
 class Stage(Protocol):
     """The contract of a stage.
