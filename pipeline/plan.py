@@ -209,13 +209,19 @@ def why(plans: Mapping[str, StagePlan], sample: str) -> list[tuple[str, str, str
     """Where one sample stands in each stage.
 
     Returns:
-        Stage, source, state (fresh, rejected, waiting, stale, missing), and the reason or the place; in the order of
-        the stages.
+        Stage, source, state (fresh, rejected, waiting, stale, missing, unasked), and the reason or the place; in the
+        order of the stages. What is there and asked for no more is `unasked`, and makes a student that was made from it
+        `stale`.
 
     Raises:
         KdpipeError: no stage knows such a sample.
     """
     lines = []
+    asks_no_more = (
+        "this configuration does not ask for it"
+        if any(want.id == sample for plan in plans.values() for want in plan.wanted)
+        else "the sample is not in the manifest any more, or in no split that is used"
+    )
     for name, plan in plans.items():
         lost = plan.ledger.lost_parts()
         todo = {want.source: want for want in plan.todo if want.id == sample}
@@ -230,6 +236,12 @@ def why(plans: Mapping[str, StagePlan], sample: str) -> list[tuple[str, str, str
                 lines.append((name, want.source, "rejected", f"{reject.reason}: {reject.detail}"))
             elif row is not None:
                 lines.append((name, want.source, "fresh", f"{row.part}, row {row.row}"))
+        for source in (source for id_, source in plan.removed if id_ == sample):
+            row = plan.ledger.get(sample, source)
+            if STAGES[name].whole:
+                lines.append((name, source, "stale", "made from this sample, which is no longer wanted"))
+            elif row is not None:
+                lines.append((name, source, "unasked", f"{row.part}, row {row.row}, is kept; {asks_no_more}"))
     if not lines:
         known = sorted({want.id for plan in plans.values() for want in plan.wanted})
         near = difflib.get_close_matches(sample, known, 3)

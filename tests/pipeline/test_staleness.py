@@ -301,3 +301,19 @@ def test_why_one_sample_is_stale(done: tuple[Config, Path, dict[str, str]]) -> N
     assert {stage for stage, _ in lines} == {"textualize", "cache-teachers", "train"}, "it is not evaluated"
     with pytest.raises(KdpipeError, match=r"no stage has a sample of that id.*Did you mean given"):
         why(plans, "givem")
+
+
+def test_why_of_a_sample_that_only_the_store_has(done: tuple[Config, Path, dict[str, str]]) -> None:
+    config, base, _ = done
+    rows = (base / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (base / "fewer.jsonl").write_text("".join(row for row in rows if json.loads(row)["id"] != "given"))
+    fewer = replace(config, data=replace(config.data, manifest="fewer.jsonl"))
+    lines = {
+        (stage, source): (state, reason)
+        for stage, source, state, reason in why(make_plans(Context(fewer, base)), "given")
+    }
+    gone = "is kept; the sample is not in the manifest any more, or in no split that is used"
+    assert lines.pop(("train", "student")) == ("stale", "made from this sample, which is no longer wanted")
+    assert lines["textualize", "trace"] == ("unasked", f"trace.zarr, row 0, {gone}")
+    assert {source for stage, source in lines if stage == "cache-teachers"} > {"targets", "textual"}
+    assert all(state == "unasked" and reason.endswith(gone) for state, reason in lines.values())
