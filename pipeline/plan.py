@@ -137,7 +137,7 @@ def _state(plan: StagePlan) -> State:
     return "partial" if plan.fresh or plan.rejected else "missing"
 
 
-def _plainly(value: Any) -> str:
+def plainly(value: Any) -> str:
     """What is covered, for people: `none`, `1, 2`, `count 8, k 16`."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {part}" for name, part in value.items())
@@ -189,7 +189,7 @@ def causes_of(plan: StagePlan, want: Wanted, lost: Set[str]) -> list[Cause]:
         if covers(row.cover, want.cover):
             return [Cause("changed", "libraries", difference(row.made_with, plan.libraries))]
         return [
-            Cause("more", name, f"{_plainly(row.cover.get(name))} -> {_plainly(value)}")
+            Cause("more", name, f"{plainly(row.cover.get(name))} -> {plainly(value)}")
             for name, value in want.cover.items()
             # Without a mass, min_k is k.
             if not (name == "min_k" and not covers(row.cover, {"k": want.cover["k"]}))

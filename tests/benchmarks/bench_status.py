@@ -6,8 +6,8 @@
 A run whose samples bring descriptions and traces, one clip for ten samples, with untaught miniatures. The
 rows of all stages are written as these would write them, with empty parts, since what is planned is read from the
 ledgers alone. Each command is a process of its own, started as a
-user starts it, with the page cache warm; its time is the median of the repeats, and its memory the largest resident set
-of it and its children. "whole": what the last look found is removed before each, so that every sample is looked at;
+user starts it, with the page cache warm; its times are medians of the repeats, and its memory the largest resident set of
+it and its children. On a busy machine the seconds of the processor say more. "whole": what the last look found is removed before each, so that every sample is looked at;
 "after a change": a clip has another date, so that it is hashed again; "nothing moved": the same command once more.
 """
 
@@ -47,8 +47,9 @@ import json, os, resource, subprocess, sys, time
 began = time.perf_counter()
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-print(json.dumps({"seconds": seconds, "peak": peak, "code": done.returncode, "said": done.stdout + done.stderr}))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss << 10
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "code": done.returncode, "said": done.stdout + done.stderr}))
 """
 
 
@@ -149,7 +150,7 @@ def _prepare(file: Path, kind: str) -> None:
 
 
 def measure(file: Path, words: list[str]) -> dict[str, Any]:
-    """One command on a run: seconds, peak resident memory (bytes), and what it said.
+    """One command on a run: seconds, those of a processor, peak resident memory (bytes), and what it said.
 
     Raises:
         RuntimeError: it failed.
@@ -166,7 +167,9 @@ def measure(file: Path, words: list[str]) -> dict[str, Any]:
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--say", is_flag=True, help="Also print what the commands say.")
 def main(samples: tuple[int, ...], repeats: int, say: bool) -> None:
-    click.echo("| samples | command | seconds | peak MiB | bytes a further sample |\n|--:|---|--:|--:|--:|")
+    click.echo(
+        "| samples | command | seconds | CPU seconds | peak MiB | bytes a further sample |\n|--:|---|--:|--:|--:|--:|"
+    )
     before: dict[tuple[str, str], tuple[int, int]] = {}
     for count in samples:
         with tempfile.TemporaryDirectory(prefix="bench_status-") as made:
@@ -187,8 +190,8 @@ def main(samples: tuple[int, ...], repeats: int, say: bool) -> None:
                 last = before.get((name, kind))
                 grown = f"{(peak - last[1]) / (count - last[0]):,.0f}" if last is not None else ""
                 before[name, kind] = count, peak
-                seconds = median(run["seconds"] for run in runs)
-                cells = (f"{count:,}", f"{name}, {kind}", f"{seconds:.2f}", f"{peak / 2**20:,.0f}", grown)
+                seconds, cpu = (f"{median(run[what] for run in runs):.2f}" for what in ("seconds", "cpu"))
+                cells = (f"{count:,}", f"{name}, {kind}", seconds, cpu, f"{peak / 2**20:,.0f}", grown)
                 click.echo(f"| {' | '.join(cells)} |")
 
 

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.ledger_rows import Row
+from kdpipe.pipeline.lock_file import write_lock_file
 from kdpipe.pipeline.plan import STAGES, make_plans, why
 from kdpipe.stages.base import Context
 from kdpipe.stages.config import (
@@ -317,3 +319,12 @@ def test_why_of_a_sample_that_only_the_store_has(done: tuple[Config, Path, dict[
     assert lines["textualize", "trace"] == ("unasked", f"trace.zarr, row 0, {gone}")
     assert {source for stage, source in lines if stage == "cache-teachers"} > {"targets", "textual"}
     assert all(state == "unasked" and reason.endswith(gone) for state, reason in lines.values())
+
+
+def test_kdpipe_lock_says_how_much_is_asked_for(done: tuple[Config, Path, dict[str, str]]) -> None:
+    config, base, _ = done
+    ctx = Context(replace(config, run=replace(config.run, folder="locked")), base)
+    write_lock_file(ctx, make_plans(ctx))
+    covers = yaml.safe_load((base / "locked" / "kdpipe.lock").read_text())["stages"]["cache-teachers"]["covers"]
+    kept = {"k": "64", "mass": "0.99", "min_k": "4", "temperatures": "1.0"}
+    assert covers == {"textual": {**kept, "lens": "3"}, "acoustic": {"hidden": "1, 2, 3, 4"}, "acoustic_top": kept}
