@@ -3,12 +3,12 @@
 \b
     python tests/benchmarks/bench_status.py --samples 10000 --samples 100000
 
-A run whose samples bring descriptions and traces, one clip for ten samples, with untaught miniatures. The
-rows of all stages are written as these would write them, with empty parts, since what is planned is read from the
-ledgers alone. Each command is a process of its own, started as a
-user starts it, with the page cache warm; its times are medians of the repeats, and its memory the largest resident set of
-it and its children. On a busy machine the seconds of the processor say more. "whole": what the last look found is removed before each, so that every sample is looked at;
-"after a change": a clip has another date, so that it is hashed again; "nothing moved": the same command once more.
+A run whose samples bring descriptions and traces, one clip for ten samples, with untaught miniatures. The rows of all
+stages are written as these would write them, with empty parts, since what is planned is read from the ledgers alone.
+Each command is a process of its own, started as a user starts it, with the page cache warm; its times are medians of
+the repeats, and its memory the largest resident set of it and its children. On a busy machine the seconds of the
+processor say more. "whole": what the last look found is removed before each, so that every sample is looked at; "after
+a change": a clip has another date, so that it is hashed again; "nothing moved": the same command once more.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 seconds = time.perf_counter() - began
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss << 10
-print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "code": done.returncode, "said": done.stdout + done.stderr}))
+said = done.stdout + done.stderr
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "code": done.returncode, "said": said}))
 """
 
 
