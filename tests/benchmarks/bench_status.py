@@ -55,7 +55,7 @@ print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "code": done.ret
 
 
 def make(folder: Path, samples: int) -> Path:
-    """A run with so many samples, everything up to the teachers fresh; its configuration file."""
+    """A run with so many samples, all fresh but the result files of evaluate; its configuration file."""
     base = folder / "base"
     (base / "clips").mkdir(parents=True)
     capture_world.make_miniatures(folder / "models")
