@@ -72,4 +72,5 @@ class Fields(Mapping[str, str]):
     def digest(self) -> str:
         """What `kdpipe.data.hashing.digest` gives for the same mapping, without walking over it."""
         text, places = self._names.text
-        return digest_bytes((text % tuple([encode_text(self._own[place]) for place in places])).encode())
+        own = self._own
+        return digest_bytes((text % tuple([encode_text(own[place]) for place in places])).encode())

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, is_dataclass
+from itertools import islice
 from json.encoder import encode_basestring_ascii as encode_text
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kdpipe.data.errors import KdpipeError
 
 _DIGEST_CHARS = 32
 _BLOCK_BYTES = 1 << 22
+_TEXTS_AT_ONCE = 1024
 RACY_NS = 2_000_000_000
 """A file younger than this may be written again without a change of its size and times; in nanoseconds."""
 
@@ -72,17 +74,13 @@ def _text(value: Any) -> str:
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def digest_each(items: Iterable[Any]) -> str:
-    """What `digest` gives for a list of the items, without holding their text."""
-    return digest_texts(map(_text, items))
-
-
 def digest_texts(texts: Iterable[str]) -> str:
-    """What `digest_each` gives for items whose JSON, as `digest` writes it, is known."""
+    """What `digest` gives for a list of items whose JSON, as it writes it, is known; the list is not held."""
     state = hashlib.sha256()
+    texts = iter(texts)
     before = "["
-    for text in texts:
-        state.update((before + text).encode())
+    while some := list(islice(texts, _TEXTS_AT_ONCE)):
+        state.update((before + ",".join(some)).encode())
         before = ","
     state.update(("[]" if before == "[" else "]").encode())
     return state.hexdigest()[:_DIGEST_CHARS]
@@ -136,6 +134,7 @@ class Fingerprints:
         self._seen: dict[str, _Entry] = {}
         self._unreadable: set[str] = set()
         self._folders: dict[str, str] = {}
+        self._listed: dict[tuple[Path, tuple[str, ...]], list[str]] = {}
         if memory is not None and memory.exists():
             try:
                 with closing(
@@ -202,10 +201,19 @@ class Fingerprints:
         Raises:
             OSError: the folder is missing or cannot be read.
         """
-        names = sorted(
-            entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(tuple(suffixes))
-        )
+        names = self._listed[folder, tuple(suffixes)] = _names_in(folder, tuple(suffixes))
         return digest({name: self.file(folder / name) for name in names})
+
+    def changed_in(self, folder: Path) -> list[Path]:
+        """Files of a folder that its digest, where this object gave one, would not be of any more: changed, gone or
+        new."""
+        moved: set[str] = set()
+        for (listed, suffixes), names in self._listed.items():
+            if listed == folder:
+                now = _names_in(folder, suffixes) if folder.is_dir() else []
+                moved |= set(names) ^ set(now)
+                moved |= {path.name for path in self.changed(folder / name for name in names)}
+        return [folder / name for name in sorted(moved)]
 
     def changed(self, paths: Iterable[Path]) -> list[Path]:
         """Those of `paths` that this object saw and whose content is another now, or that are gone since.
@@ -249,3 +257,8 @@ class Fingerprints:
             return
         self._known.update(self._fresh)
         self._fresh.clear()
+
+
+def _names_in(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Names of the files directly in a folder that end in one of `suffixes`, in order."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(suffixes))

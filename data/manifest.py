@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any
 
 from kdpipe.data.answers import is_choice
 from kdpipe.data.errors import Rejected
+from kdpipe.data.hashing import RACY_NS, Stat, stat_of
 from kdpipe.data.manifest_rows import Problems, kind, read_rows
 
 DEFAULT_SPLIT = "train"
@@ -84,10 +86,16 @@ class Manifest:
     Attributes:
         path: the file or folder that was read.
         samples: its rows.
+        stat: what the file was when it was read; None for a folder, and where this would not tell it from a later one.
     """
 
     path: Path
     samples: tuple[Sample, ...]
+    stat: Stat | None = None
+
+    def is_current(self) -> bool:
+        """Whether reading it again would surely give the same rows."""
+        return self.stat is not None and self.stat == _settled(self.path)
 
     def select(self, split: str) -> tuple[Sample, ...]:
         """The samples of one split, in order; rows without a split belong to `train`."""
@@ -115,7 +123,7 @@ def load_manifest(path: Path, *, allow_outside: bool = False) -> Manifest:
             counted from 1), the first 20 in words.
     """
     path = Path(path)
-    problems = Problems()
+    stat, problems = _settled(path), Problems()
     samples: list[Sample] = []
     first_seen: dict[str, str] = {}
     folder = _Folder(path, allow_outside)
@@ -130,7 +138,16 @@ def load_manifest(path: Path, *, allow_outside: bool = False) -> Manifest:
     if not samples and not problems.texts:
         problems.add(str(path), "the manifest holds no samples")
     problems.raise_any()
-    return Manifest(path, tuple(samples))
+    return Manifest(path, tuple(samples), stat)
+
+
+def _settled(path: Path) -> Stat | None:
+    """What a file is now; None for what is no file, or was written a moment ago."""
+    try:
+        stat = stat_of(path)
+    except OSError:
+        return None
+    return stat if path.is_file() and time.time_ns() - max(stat[1], stat[2]) > RACY_NS else None
 
 
 def check_sample(sample: Sample) -> None:

@@ -342,21 +342,21 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, cost: b
         else:
             for stage, source, state, reason in [("stage", "source", "state", "why"), *lines]:
                 click.echo(_printable(f"{stage:<15}{source:<14}{state:<9} {reason}"))
-        sys.exit(0 if all(line[2] in ("fresh", "rejected") for line in lines) else 1)
+        sys.exit(0 if all(line[2] in ("fresh", "rejected", "unasked") for line in lines) else 1)
     recalled = recall(ctx)
     statuses = look(ctx).keep() if recalled is None else recalled.statuses
+    next_ = None
+    if unfinished := [status.name for status in statuses if status.state != "fresh"]:
+        sets = [word for override in overrides for word in ("--set", override)]
+        next_ = shlex.join(["kdpipe", unfinished[0], "-c", str(config_file), *sets])
     if as_json:
         import json
 
-        click.echo(json.dumps({"stages": [status.as_json() for status in statuses]}, indent=2))
+        click.echo(json.dumps({"stages": [status.as_json() for status in statuses], "next": next_}, indent=2))
     else:
         _print_table(statuses)
-        unfinished = [status.name for status in statuses if status.state != "fresh"]
-        if unfinished:
-            words = ["kdpipe", unfinished[0], "-c", str(config_file)]
-            for override in overrides:
-                words += ["--set", override]
-            click.echo(f"\nNext: {shlex.join(words)}   (or `kdpipe run` for all)")
+        if next_ is not None:
+            click.echo(f"\nNext: {next_}   (or `kdpipe run` for all)")
         if unfinished and cost:
             from kdpipe.pipeline.plan import make_plans
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from kdpipe.data.fields import Fields
 from kdpipe.data.files import write_atomically
-from kdpipe.data.hashing import digest, digest_each
-from kdpipe.pipeline.plan import STAGES, status_of
+from kdpipe.data.hashing import digest, digest_texts, encode_text
+from kdpipe.pipeline.plan import STAGES, plainly, status_of
 from kdpipe.stages.base import Context, StagePlan
 from kdpipe.stages.config import identity_of
 
@@ -23,7 +23,8 @@ def write_lock_file(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
     """Writes `kdpipe.lock` where it is not as it would be.
 
     For each stage its version, state, counts and libraries; for each source the named digests that its keys are made
-    of and that all samples have alike, as in the reasons of `kdpipe status`; and a digest of all keys.
+    of and that all samples have alike, as in the reasons of `kdpipe status`; what it must cover at least (k, layers,
+    temperatures); and a digest of all keys.
 
     Args:
         ctx: the run.
@@ -42,6 +43,7 @@ def write_lock_file(ctx: Context, plans: Mapping[str, StagePlan]) -> None:
 def _entry(name: str, plan: StagePlan) -> dict[str, Any]:
     status, ledger = status_of(plan), plan.ledger
     rows = sorted(row for source in ledger.sources for row in ledger.values(source, "id", "source", "key"))
+    texts = (f"[{encode_text(sample)},{encode_text(source)},{encode_text(key)}]" for sample, source, key in rows)
     made_with = Counter(text for source in ledger.sources for (text,) in ledger.values(source, "made_with"))
     return {
         "version": STAGES[name].version,
@@ -50,7 +52,8 @@ def _entry(name: str, plan: StagePlan) -> dict[str, Any]:
         **({"accepted": plan.accepted} if plan.accepted else {}),
         "made_with": {text or "not recorded": count for text, count in sorted(made_with.items())},
         "made_from": _made_from(plan),
-        "keys": digest_each(rows),
+        **({"covers": covers} if (covers := _covers(plan)) else {}),
+        "keys": digest_texts(texts),
     }
 
 
@@ -73,3 +76,9 @@ def _made_from(plan: StagePlan) -> dict[str, dict[str, str]]:
         source: {name: value[:_SHOWN] if _DIGEST.fullmatch(value) else value for name, value in sorted(fields.items())}
         for source, fields in alike.items()
     }
+
+
+def _covers(plan: StagePlan) -> dict[str, dict[str, str]]:
+    """By source what is asked for beyond the key, which is alike for all of its wants."""
+    asked = {want.source: want.cover for want in plan.wanted}
+    return {source: {name: plainly(value) for name, value in cover.items()} for source, cover in asked.items() if cover}

@@ -64,22 +64,32 @@ def upstream(name: str, config: Config) -> list[str]:
     return [stage for stage in STAGES if stage in needed]
 
 
-def make_plans(ctx: Context, target: str | None = None) -> dict[str, StagePlan]:
+def make_plans(
+    ctx: Context, target: str | None = None, made: Mapping[str, StagePlan] | None = None
+) -> dict[str, StagePlan]:
     """Plans of all stages, or of those that `target` needs.
+
+    Args:
+        ctx: the run.
+        target: a stage, or None for all.
+        made: plans of this context that hold still.
 
     Raises:
         KdpipeError: the manifest, a model folder or a ledger cannot be read.
     """
-    plans: dict[str, StagePlan] = {}
-    with _without_collecting():
+    made, plans = made or {}, {}
+    with without_collecting():
         for name in STAGES if target is None else upstream(target, ctx.config):
-            plans[name] = compare(name, STAGES[name].wanted(ctx, plans), ctx.ledger(name), environment(ctx, name))
+            if name in made:
+                plans[name] = made[name]
+            else:
+                plans[name] = compare(name, STAGES[name].wanted(ctx, plans), ctx.ledger(name), environment(ctx, name))
     ctx.prints.save()
     return plans
 
 
 @contextmanager
-def _without_collecting() -> Iterator[None]:
+def without_collecting() -> Iterator[None]:
     """Plans are millions of objects without cycles, and looking for cycles in them takes a third of the time."""
     was_on = gc.isenabled()
     gc.disable()
@@ -128,7 +138,7 @@ def _state(plan: StagePlan) -> State:
     return "partial" if plan.fresh or plan.rejected else "missing"
 
 
-def _plainly(value: Any) -> str:
+def plainly(value: Any) -> str:
     """What is covered, for people: `none`, `1, 2`, `count 8, k 16`."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {part}" for name, part in value.items())
@@ -180,7 +190,7 @@ def causes_of(plan: StagePlan, want: Wanted, lost: Set[str]) -> list[Cause]:
         if covers(row.cover, want.cover):
             return [Cause("changed", "libraries", difference(row.made_with, plan.libraries))]
         return [
-            Cause("more", name, f"{_plainly(row.cover.get(name))} -> {_plainly(value)}")
+            Cause("more", name, f"{plainly(row.cover.get(name))} -> {plainly(value)}")
             for name, value in want.cover.items()
             # Without a mass, min_k is k.
             if not (name == "min_k" and not covers(row.cover, {"k": want.cover["k"]}))
@@ -200,13 +210,19 @@ def why(plans: Mapping[str, StagePlan], sample: str) -> list[tuple[str, str, str
     """Where one sample stands in each stage.
 
     Returns:
-        Stage, source, state (fresh, rejected, waiting, stale, missing), and the reason or the place; in the order of
-        the stages.
+        Stage, source, state (fresh, rejected, waiting, stale, missing, unasked), and the reason or the place; in the
+        order of the stages. What is there and asked for no more is `unasked`, and makes a student that was made from it
+        `stale`.
 
     Raises:
         KdpipeError: no stage knows such a sample.
     """
     lines = []
+    asks_no_more = (
+        "this configuration does not ask for it"
+        if any(want.id == sample for plan in plans.values() for want in plan.wanted)
+        else "the sample is not in the manifest any more, or in no split that is used"
+    )
     for name, plan in plans.items():
         lost = plan.ledger.lost_parts()
         todo = {want.source: want for want in plan.todo if want.id == sample}
@@ -221,6 +237,12 @@ def why(plans: Mapping[str, StagePlan], sample: str) -> list[tuple[str, str, str
                 lines.append((name, want.source, "rejected", f"{reject.reason}: {reject.detail}"))
             elif row is not None:
                 lines.append((name, want.source, "fresh", f"{row.part}, row {row.row}"))
+        for source in (source for id_, source in plan.removed if id_ == sample):
+            row = plan.ledger.get(sample, source)
+            if STAGES[name].whole:
+                lines.append((name, source, "stale", "made from this sample, which is no longer wanted"))
+            elif row is not None:
+                lines.append((name, source, "unasked", f"{row.part}, row {row.row}, is kept; {asks_no_more}"))
     if not lines:
         known = sorted({want.id for plan in plans.values() for want in plan.wanted})
         near = difflib.get_close_matches(sample, known, 3)

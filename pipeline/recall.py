@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,10 @@ class Look:
     ctx: Context
     notes: Mapping[str, Any]
     plans: Mapping[str, StagePlan]
+
+    def completed(self) -> Look:
+        """With the stages that it left out; nothing may have run since."""
+        return replace(self, plans=make_plans(self.ctx, made=self.plans))
 
     def keep(self, done: Iterable[str] = ()) -> tuple[StageStatus, ...]:
         """Notes down a look at all stages for `recall`, unless anything is doubtful; gives its statuses.

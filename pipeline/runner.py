@@ -116,7 +116,9 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     ran = False
     with hold([ctx.run_folder, ctx.cache_folder]) as locks:
         clean_tmp(ctx)
-        last = look(request.context(), target)
+        now = request.context()
+        now.take_manifest(ctx)
+        last = look(now, target)
         for name in needed:
             plan = last.plans[name]
             if STAGES[name].whole:
@@ -140,8 +142,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 )
         if target == "evaluate" and not assembled(ctx):
             assemble(ctx)
-        if last.plans.keys() != STAGES.keys():
-            last = look(request.context())
+        last = last.completed()
         write_lock_file(last.ctx, last.plans)
         last.keep(done=needed)
     return ran
@@ -187,15 +188,21 @@ def _check_budget(ctx: Context, plan: StagePlan) -> None:
 
 def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
     command = [sys.executable, "-P", "-m", "kdpipe.pipeline.worker", name, str(request.config_file), *request.overrides]
-    process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches the stage by itself, being in the same process group; a SIGTERM does not.
-        if number != signal.SIGINT:
+        # The stage takes a SIGINT that a terminal has sent to it as well for the same one.
+        if process is None:
+            early.append(number)
+        else:
             process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
+        for number in early:
+            process.send_signal(number)
         code = process.wait()
     finally:
         for number, handler in previous.items():

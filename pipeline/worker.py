@@ -14,6 +14,7 @@ from kdpipe.pipeline.plan import STAGES, make_plans
 from kdpipe.pipeline.runner import Request
 from kdpipe.pipeline.terminal import printable
 from kdpipe.pipeline.unforeseen import of_the_system, unforeseen
+from kdpipe.stages.interrupts import Interrupts
 
 _PR_SET_PDEATHSIG = 1
 DEFAULTS = {
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> int:
     """Runs one stage and returns the exit status: 0, 2 for an error of the user's, 130 for an interruption."""
     stage, config_file, *overrides = arguments
     _end_with_parent()
+    signal.signal(signal.SIGINT, Interrupts())
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:

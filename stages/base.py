@@ -7,9 +7,9 @@ keys, and a function that makes some of them. Everything here is light; `run` im
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,6 +115,11 @@ class Context:
         """The manifest, loaded once."""
         return load_manifest(self.base / self.config.data.manifest, allow_outside=self.config.data.allow_outside)
 
+    def take_manifest(self, earlier: Context) -> None:
+        """Takes over the manifest that another context has read, where this one would read the same."""
+        if (self.base, self.config.data) == (earlier.base, earlier.config.data) and earlier.manifest.is_current():
+            self.__dict__["manifest"] = earlier.manifest
+
     def samples(self, split: str) -> Sequence[Sample]:
         """Samples of one split, in the manifest's order."""
         return self.manifest.select(split)
@@ -132,6 +137,20 @@ class Context:
             raise KdpipeError(
                 f"{names}: changed while the stage was running; nothing made from it was recorded. "
                 "Run the command again."
+            )
+
+    def recheck_model(self, folder: Path) -> None:
+        """Refuses to go on if a model changed between being hashed and being loaded; called when it is loaded.
+
+        Raises:
+            KdpipeError: names the files that changed.
+        """
+        changed = self.prints.changed_in(folder)
+        if changed:
+            names = ", ".join(str(path) for path in changed[:5])
+            raise KdpipeError(
+                f"{names}: changed, added or removed since the command was started; nothing was made with this model. "
+                "Restore it if that was not meant, and run the command again."
             )
 
 
@@ -186,8 +205,8 @@ class StagePlan:
 
     stage: str
     wanted: Sequence[Wanted]
-    fresh: frozenset[tuple[str, str]]
-    rejected: frozenset[tuple[str, str]]
+    fresh: Set[tuple[str, str]]
+    rejected: Set[tuple[str, str]]
     todo: Sequence[Wanted]
     removed: Sequence[tuple[str, str]]
     ledger: Ledger
@@ -215,8 +234,14 @@ def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger, by: Made | Non
         ledger: what there is.
         by: the libraries that are installed; None: they do not matter.
     """
-    fresh, rejected, removed, others, accepted = set(), set(), [], Counter[str](), 0
+    fresh: set[tuple[str, str]] = set()
+    rejected: set[tuple[str, str]] = set()
+    open_: set[tuple[str, str]] = set()
+    removed, others, accepted = [], Counter[str](), 0
     lost = ledger.lost_parts()
+    refused = {(reject.id, reject.source): reject.key for reject in ledger.rejects()}
+    made_alike = cache((lambda made_with: True) if by is None else by.made)
+    strict = by is not None and by.strict
     served: dict[tuple[int, int], bool] = {}  # by identity: covers are shared by many wants, and by many rows
 
     def serves(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
@@ -229,24 +254,27 @@ def compare(stage: str, wanted: Sequence[Wanted], ledger: Ledger, by: Made | Non
     for want in wanted:
         asked.setdefault(want.source, []).append(want)
     for source, wants in asked.items():  # one after the other, so that the rows of one are held at a time
-        held = {sample: rest for sample, *rest in ledger.values(source, *_COMPARED)}
+        held = {row[0]: row for row in ledger.values(source, *_COMPARED)}
         for want in wants:
-            pair = (want.id, source)
+            pair = want.id, source
             row = held.pop(want.id, None)
             if want.pending is not None:
+                open_.add(pair)
                 continue
-            key, reject = want.key, ledger.rejected(*pair)
-            if row is not None and key in row[:2] and row[2] not in lost and serves(row[3], want.cover):
-                alike = by is None or by.made(row[4])
-                if alike or (by is not None and not by.strict):
-                    fresh.add(pair)
-                    others[row[4]] += not alike
-                    accepted += row[1] not in ("", key)
-                    continue
-            if reject is not None and reject.key == key:
-                rejected.add(pair)
+            key = want.key
+            if row is not None:
+                _, stored, held_as, part, cover, made_with = row
+                if (key in (stored, held_as)) and part not in lost and serves(cover, want.cover):
+                    alike = made_alike(made_with)
+                    if alike or not strict:
+                        fresh.add(pair)
+                        if not alike:
+                            others[made_with] += 1
+                        if held_as and held_as != key:
+                            accepted += 1
+                        continue
+            (rejected if refused.get(pair) == key else open_).add(pair)
         removed += [(sample, source) for sample in held]
-    todo = [want for want in wanted if (pair := (want.id, want.source)) not in fresh and pair not in rejected]
+    todo = [want for want in wanted if (want.id, want.source) in open_] if open_ else []
     libraries = by.text if by else ""
-    found = frozenset(fresh), frozenset(rejected), todo, removed, ledger, +others, libraries, accepted
-    return StagePlan(stage, wanted, *found)
+    return StagePlan(stage, wanted, fresh, rejected, todo, removed, ledger, others, libraries, accepted)

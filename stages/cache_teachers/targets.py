@@ -115,6 +115,7 @@ def make_targets(
     if not wants:
         return
     encoder = Encoder(needs.student)
+    ctx.recheck_model(needs.student.path)
 
     def load(found: Mapping[str, TraceRow], want: Wanted) -> Target | Rejected:
         try:

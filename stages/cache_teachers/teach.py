@@ -127,7 +127,9 @@ class Teacher:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model, loaded when it is first asked for."""
-        return self._stack.enter_context(open_teacher(self._folder, self._config))
+        loaded = self._stack.enter_context(open_teacher(self._folder, self._config))
+        self._ctx.recheck_model(self._folder.path)
+        return loaded
 
     def write(self, task: Task) -> None:
         """Makes and commits the parts of a task.
@@ -290,6 +292,7 @@ def write_served(
             for part in parts(jobs, config.part_samples):
                 if served is None:
                     served = stack.enter_context(serve(folder, config, needs.alignment, k, ctx.say))
+                    ctx.recheck_model(folder.path)
                     before = time.perf_counter()
                 shape = Shape(config, part[0].cover, folder.width, folder.layers, needs.alignment, {})
                 recorder.begin(shape)

@@ -142,6 +142,7 @@ def _answer_all(ctx: Context, source: str, wants: Sequence[Wanted]) -> None:
         open_engine(folder, config.engine, clips=clips, seed=config.seed, say=ctx.say) as engine,
         progress(len(units), f"{STAGE.name} {source}", "sample") as bar,
     ):
+        ctx.recheck_model(folder.path)
         answers = _Answers(ctx, parts, engine, bar)
         drive(engine, units, prepare=answers.prepare, advance=answers.advance, reject=answers.reject)
 

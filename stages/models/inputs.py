@@ -133,7 +133,10 @@ class Encoder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trust, local_files_only=True)
         except Exception as error:  # of damaged files transformers raises whatever its parts do
-            raise ModelError(f"{folder.name}: the tokenizer in {folder.path} cannot be loaded ({error}).") from None
+            why = " ".join(str(error).split())
+            raise ModelError(
+                f"{folder.name}: the tokenizer in {folder.path} cannot be loaded ({why}). Restore its files."
+            ) from None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(f"{folder.name}: kdpipe needs a fast tokenizer. Add tokenizer.json to {folder.path}.")

@@ -216,7 +216,10 @@ def load_model(
             **where,
         )
     except Exception as error:  # of damaged files transformers raises whatever its parts do
-        raise ModelError(f"{folder.name}: the weights in {folder.path} cannot be loaded ({error}).") from None
+        why = " ".join(str(error).split())
+        raise ModelError(
+            f"{folder.name}: the weights in {folder.path} cannot be loaded ({why}). Restore the checkpoint."
+        ) from None
     lost = sorted(str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]))
     if lost:
         raise ModelError(

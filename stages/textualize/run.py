@@ -136,6 +136,7 @@ class _Work:
                 config, say = self._config, self._ctx.say
                 opened = open_engine(folder, config.engine, clips=clips, seed=config.seed, say=say)
                 engine = stack.enter_context(opened)
+                self._ctx.recheck_model(folder.path)
             self._bar = stack.enter_context(progress(len(units), STAGE_NAME, "sample"))
             drive(engine, units, prepare=prepare, advance=advance, reject=self._reject)
 

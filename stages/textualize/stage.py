@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from sys import intern
 
 from kdpipe.data.fields import Fields, Names
@@ -31,13 +31,19 @@ def sample_fields(ctx: Context, sample: Sample) -> tuple[str, ...]:
     found = ctx.digests.get(sample.id)
     if found is None:
         found = ctx.digests[sample.id] = (
-            intern(digest([_audio_digest(ctx, ref) for ref in sample.audio])),
+            _digest_of_many(tuple([_audio_digest(ctx, ref) for ref in sample.audio])),
             intern(digest([sample.start, sample.end])),
             digest(sample.question),
-            intern(digest(sample.choices)),
-            intern(digest(sample.answer)),
+            _digest_of_many(sample.choices),
+            _digest_of_many(sample.answer),
         )
     return found
+
+
+@lru_cache(maxsize=4096)
+def _digest_of_many(value: str | tuple[str, ...] | None) -> str:
+    """Of what many samples have alike."""
+    return intern(digest(value))
 
 
 def _audio_digest(ctx: Context, ref: AudioRef) -> str:

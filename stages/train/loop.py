@@ -26,6 +26,7 @@ import torch
 from kdpipe.data.errors import KdpipeError, SaidElsewhere, StoreError, of_all
 from kdpipe.data.stream import Stream, StreamState, prefetch
 from kdpipe.stages.config import TrainConfig, identity_of
+from kdpipe.stages.interrupts import Handler, handle
 from kdpipe.stages.progress import progress
 from kdpipe.stages.train import checkpoint
 from kdpipe.stages.train.checkpoint import Checkpoints
@@ -401,18 +402,17 @@ def _stop_signals() -> Iterator[threading.Event]:
         yield stopped
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before: dict[int, Handler] = {}
 
     def restore() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            handle(number, handler)
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
         restore()
 
-    for number in numbers:
-        signal.signal(number, stop)
+    before.update({number: handle(number, stop) for number in numbers})
     try:
         yield stopped
     finally:

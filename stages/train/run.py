@@ -104,6 +104,7 @@ def run(ctx: Context, plans: Mapping[str, StagePlan], world: World | None = None
     is_sharded = config.fsdp and world.size > 1
     with _reproducible(config.seed):
         student, adapter = _student(ctx, base, torch.device("cpu") if is_sharded else world.device)
+        ctx.recheck_model(base.path)
         trained = _trained(student)
         count, whole = _numel(trained.values()), _numel(student.model.parameters())
         ctx.say(f"train: {count:,} weights trained, {whole - count:,} frozen, {total} steps on {world.device}")

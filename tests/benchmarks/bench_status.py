@@ -3,12 +3,12 @@
 \b
     python tests/benchmarks/bench_status.py --samples 10000 --samples 100000
 
-A run whose samples bring descriptions and traces, one clip for ten samples, with untaught miniatures. textualize is
-committed by the real stage; the rows of cache-teachers and evaluate are written as these stages would write them, with
-empty parts, since what is planned is read from the ledgers alone. Each command is a process of its own, started as a
-user starts it, with the page cache warm; its time is the median of the repeats, and its memory the largest resident set
-of it and its children. "whole": what the last look found is removed before each, so that every sample is looked at;
-"after a change": a clip has another date, so that it is hashed again; "nothing moved": the same command once more.
+A run whose samples bring descriptions and traces, one clip for ten samples, with untaught miniatures. The rows of all
+stages are written as these would write them, with empty parts, since what is planned is read from the ledgers alone.
+Each command is a process of its own, started as a user starts it, with the page cache warm; its times are medians of
+the repeats, and its memory the largest resident set of it and its children. On a busy machine the seconds of the
+processor say more. "whole": what the last look found is removed before each, so that every sample is looked at; "after
+a change": a clip has another date, so that it is hashed again; "nothing moved": the same command once more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,13 +28,16 @@ from typing import Any
 import capture_world
 import click
 import numpy as np
+import pyarrow as pa
 import soundfile
 import yaml
 
-from kdpipe.data.ledger_rows import Row
-from kdpipe.pipeline.plan import make_plans
-from kdpipe.stages.base import Context, StagePlan
+from kdpipe.data.ledger_files import write_head, write_rows
+from kdpipe.data.ledger_rows import Rows
+from kdpipe.pipeline.plan import STAGES, without_collecting
+from kdpipe.stages.base import Context, StagePlan, Wanted, compare
 from kdpipe.stages.config import WeightsConfig
+from kdpipe.stages.environment import environment
 
 PART_SAMPLES = 512
 SAMPLES_A_CLIP = 10
@@ -44,13 +47,15 @@ import json, os, resource, subprocess, sys, time
 began = time.perf_counter()
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-print(json.dumps({"seconds": seconds, "peak": peak, "code": done.returncode, "said": done.stdout + done.stderr}))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss << 10
+said = done.stdout + done.stderr
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "code": done.returncode, "said": said}))
 """
 
 
 def make(folder: Path, samples: int) -> Path:
-    """A run with so many samples, everything up to the teachers fresh; its configuration file."""
+    """A run with so many samples, all fresh but the result files of evaluate; its configuration file."""
     base = folder / "base"
     (base / "clips").mkdir(parents=True)
     capture_world.make_miniatures(folder / "models")
@@ -72,29 +77,57 @@ def make(folder: Path, samples: int) -> Path:
     )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_split="train"))
     ctx = Context(config, base, lambda line: None)
-    capture_world.textualize(ctx)
-    # What a stage is asked for is known once those before it are there.
-    while any(want.pending is None for plan in make_plans(ctx).values() for want in plan.todo):
-        for plan in make_plans(ctx).values():
-            _pretend(plan)
+    plans: dict[str, StagePlan] = {}
+    with without_collecting():
+        for name, stage in STAGES.items():
+            wanted = stage.wanted(ctx, plans)
+            _pretend(ctx, name, wanted)
+            plans[name] = compare(name, wanted, ctx.ledger(name), environment(ctx, name))
     ctx.prints.save()
     file = base / "kdpipe.yaml"
     file.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
     return file
 
 
-def _pretend(plan: StagePlan) -> None:
-    """Commits what is to do and can be done, with empty parts."""
-    rows, places = [], Counter[str]()
-    for want in plan.todo:
-        if want.pending is None:
-            part, place = f"{want.source}-{places[want.source] // PART_SAMPLES:06}", places[want.source] % PART_SAMPLES
-            (plan.ledger.parts / part).mkdir(parents=True, exist_ok=True)
-            rows.append(
-                Row(want.id, want.source, want.key, want.fields, part, place, 30, 80, "0" * 32, dict(want.cover))
-            )
-            places[want.source] += 1
-    plan.ledger.commit(rows)
+def _pretend(ctx: Context, stage: str, wanted: Sequence[Wanted]) -> None:
+    """Commits all that is wanted of a stage, with empty parts; in columns, since a million samples are millions of
+    rows."""
+    by_source: dict[str, list[Wanted]] = {}
+    for want in wanted:
+        by_source.setdefault(want.source, []).append(want)
+    cores, fields = [], []
+    folder, made_with = ctx.folder(stage), environment(ctx, stage).text
+    for source, wants in by_source.items():
+        count, places = len(wants), np.arange(len(wants))
+        parts = [f"{source}-{part:06}" for part in range(-(-count // PART_SAMPLES))]
+        for part in parts:
+            (folder / "parts" / part).mkdir(parents=True)
+        keys = pa.array([want.key for want in wants])
+        cover = json.dumps(dict(wants[0].cover), sort_keys=True)
+        columns = {
+            "id": pa.array([want.id for want in wants]),
+            "source": _alike(source, count),
+            "key": keys,
+            "part": pa.DictionaryArray.from_arrays(pa.array(places // PART_SAMPLES, pa.int32()), parts),
+            "row": pa.array(places % PART_SAMPLES),
+            "tokens": pa.repeat(pa.scalar(30, pa.int64()), count),
+            "length": pa.repeat(pa.scalar(80, pa.int64()), count),
+            "content": keys,  # as different from each other as contents are
+            "cover": _alike(cover, count),
+            "held_as": pa.repeat("", count),
+            "made_with": _alike(made_with, count),
+        }
+        cores.append(pa.table(columns))
+        fields.append(pa.table({f"fields.{name}": [want.fields[name] for want in wants] for name in wants[0].fields}))
+    made = pa.concat_tables(fields, promote_options="default")
+    rows = Rows(pa.concat_tables(cores), lambda: made)
+    manifest = folder / "manifests" / f"{rows.digest()}.parquet"
+    write_rows(manifest, rows, ctx.tmp(stage))
+    write_head(folder, manifest, ctx.tmp(stage))
+
+
+def _alike(value: str, count: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), [value])
 
 
 def _plain(value: Any) -> Any:
@@ -118,7 +151,7 @@ def _prepare(file: Path, kind: str) -> None:
 
 
 def measure(file: Path, words: list[str]) -> dict[str, Any]:
-    """One command on a run: seconds, peak resident memory (bytes), and what it said.
+    """One command on a run: seconds, those of a processor, peak resident memory (bytes), and what it said.
 
     Raises:
         RuntimeError: it failed.
@@ -135,7 +168,9 @@ def measure(file: Path, words: list[str]) -> dict[str, Any]:
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--say", is_flag=True, help="Also print what the commands say.")
 def main(samples: tuple[int, ...], repeats: int, say: bool) -> None:
-    click.echo("| samples | command | seconds | peak MiB | bytes a further sample |\n|--:|---|--:|--:|--:|")
+    click.echo(
+        "| samples | command | seconds | CPU seconds | peak MiB | bytes a further sample |\n|--:|---|--:|--:|--:|--:|"
+    )
     before: dict[tuple[str, str], tuple[int, int]] = {}
     for count in samples:
         with tempfile.TemporaryDirectory(prefix="bench_status-") as made:
@@ -156,8 +191,8 @@ def main(samples: tuple[int, ...], repeats: int, say: bool) -> None:
                 last = before.get((name, kind))
                 grown = f"{(peak - last[1]) / (count - last[0]):,.0f}" if last is not None else ""
                 before[name, kind] = count, peak
-                seconds = median(run["seconds"] for run in runs)
-                cells = (f"{count:,}", f"{name}, {kind}", f"{seconds:.2f}", f"{peak / 2**20:,.0f}", grown)
+                seconds, cpu = (f"{median(run[what] for run in runs):.2f}" for what in ("seconds", "cpu"))
+                cells = (f"{count:,}", f"{name}, {kind}", seconds, cpu, f"{peak / 2**20:,.0f}", grown)
                 click.echo(f"| {' | '.join(cells)} |")
 
 

@@ -166,3 +166,26 @@ def test_a_step_is_measured_beside_plain_fine_tuning():
     rows = [line.split("|")[1:-1] for line in shown.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["kdpipe, two teachers", "plain fine-tuning"]
     assert all(float(row[1].replace(",", "")) > 0 for row in rows) and float(rows[0][2]) > 0
+
+
+def test_the_run_of_the_benchmark_of_status_is_one_with_nothing_to_do(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_status
+
+    from kdpipe.data.ledger_files import is_as_written
+    from kdpipe.pipeline.plan import make_plans
+    from kdpipe.pipeline.runner import Request
+
+    monkeypatch.setattr(bench_status, "PART_SAMPLES", 8)
+    ctx = Request(bench_status.make(tmp_path, 20)).context()
+    plans = make_plans(ctx)
+    assert {name: len(plan.fresh) for name, plan in plans.items()} == {
+        "textualize": 20,
+        "cache-teachers": 80,
+        "train": 20,
+        "evaluate": 40,
+    }
+    assert not any(plan.todo or plan.removed or plan.made_with for plan in plans.values())
+    for plan in plans.values():
+        assert is_as_written(plan.ledger.folder / "manifests" / f"{plan.ledger.digest}.parquet")
+        assert not plan.ledger.unreferenced_parts()

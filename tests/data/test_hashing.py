@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kdpipe.data import hashing
 from kdpipe.data.errors import KdpipeError
-from kdpipe.data.hashing import Fingerprints, digest, digest_bytes, digest_each, digest_file
+from kdpipe.data.hashing import Fingerprints, digest, digest_bytes, digest_file, digest_texts
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -91,9 +91,9 @@ def test_what_has_no_stable_text_is_refused(value):
         digest({"value": value})
 
 
-@pytest.mark.parametrize("items", [[], [1], [("a", {"k": [1, 2]}, None, 1.0), ("b", "ü", {})]])
+@pytest.mark.parametrize("items", [[], [1], [("a", {"k": [1, 2]}, None, 1.0), ("b", "ü", {})], list(range(3000))])
 def test_items_one_by_one_have_the_digest_of_their_list(items):
-    assert digest_each(iter(items)) == digest(items)
+    assert digest_texts(json.dumps(item, sort_keys=True, separators=(",", ":")) for item in items) == digest(items)
 
 
 def test_digest_file_reads_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ import pytest
 
 from kdpipe.data import ledger_files
 from kdpipe.data.fields import Fields, Names
-from kdpipe.data.hashing import digest, digest_each
+from kdpipe.data.hashing import digest
 from kdpipe.data.ledger_files import (
     Reject,
     is_as_written,
@@ -86,9 +86,11 @@ def test_manifests_of_earlier_releases_are_read(tmp_path: Path):
     assert found.digest() == Rows.of(rows).digest() and is_as_written(path)
     marked = [dataclasses.replace(row, made_with="torch 2") for row in rows]
     assert Rows.of(marked).digest() != found.digest()
-    named = digest_each(
-        (r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, r.cover, r.content)
-        for r in sorted(rows, key=lambda row: row.id)
+    named = digest(
+        [
+            (r.id, r.source, r.key, r.part, r.row, r.tokens, r.length, r.cover, r.content)
+            for r in sorted(rows, key=lambda row: row.id)
+        ]
     )
     assert found.digest() == named, "they keep the names of their files"
 

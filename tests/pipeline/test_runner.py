@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import soundfile
 
 from kdpipe.data.errors import ConfigError, RejectBudgetError, StaleError
+from kdpipe.pipeline import runner
 from kdpipe.pipeline.plan import make_plans, status_of
 from kdpipe.pipeline.runner import Request, StageFailed, _check_budget, bring_up_to_date
 from kdpipe.stages.base import StagePlan, Wanted
@@ -132,6 +136,44 @@ def test_a_failing_stage_is_reported_once(tmp_path, family, capfd):
     assert caught.value.code == 2
     error = capfd.readouterr().err
     assert part.name in error and "Traceback" not in error
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from kdpipe.pipeline import worker
+
+def interrupt(*arguments):
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+
+worker.make_plans = interrupt
+sys.exit(worker.main(["train", sys.argv[1]]))
+"""
+
+
+def test_sigint_to_the_runner_alone_ends_the_stage(tmp_path, family, capfd, monkeypatch):
+    """As `kill -INT PID` sends it, and not as a terminal, which sends it to both."""
+    request, start = build(tmp_path, family), subprocess.Popen
+    command = [sys.executable, "-c", INTERRUPTED, str(request.config_file)]
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda _, **options: start(command, **options))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(StageFailed) as caught:
+        runner._run_stage(request, "train", [])
+    assert caught.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert capfd.readouterr().err == "train: interrupted. What was committed is kept.\n"
+
+
+def test_sigint_while_a_stage_is_being_started_ends_it_too(tmp_path, family, monkeypatch):
+    start = subprocess.Popen
+
+    def interrupted(_, **options):
+        signal.raise_signal(signal.SIGINT)
+        return start([sys.executable, "-c", "import time; time.sleep(60)"], stderr=subprocess.DEVNULL, **options)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", interrupted)
+    with pytest.raises(StageFailed) as caught:
+        runner._run_stage(build(tmp_path, family), "train", [])
+    assert caught.value.code == 130
 
 
 def test_a_student_needs_at_least_one_sample(tmp_path, family):

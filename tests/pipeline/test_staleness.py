@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.ledger_rows import Row
+from kdpipe.pipeline.lock_file import write_lock_file
 from kdpipe.pipeline.plan import STAGES, make_plans, why
 from kdpipe.stages.base import Context
 from kdpipe.stages.config import (
@@ -305,3 +307,28 @@ def test_why_one_sample_is_stale(done: tuple[Config, Path, dict[str, str]]) -> N
     assert {stage for stage, _ in lines} == {"textualize", "cache-teachers", "train"}, "it is not evaluated"
     with pytest.raises(KdpipeError, match=r"no stage has a sample of that id.*Did you mean given"):
         why(plans, "givem")
+
+
+def test_why_of_a_sample_that_only_the_store_has(done: tuple[Config, Path, dict[str, str]]) -> None:
+    config, base, _ = done
+    rows = (base / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (base / "fewer.jsonl").write_text("".join(row for row in rows if json.loads(row)["id"] != "given"))
+    fewer = replace(config, data=replace(config.data, manifest="fewer.jsonl"))
+    lines = {
+        (stage, source): (state, reason)
+        for stage, source, state, reason in why(make_plans(Context(fewer, base)), "given")
+    }
+    gone = "is kept; the sample is not in the manifest any more, or in no split that is used"
+    assert lines.pop(("train", "student")) == ("stale", "made from this sample, which is no longer wanted")
+    assert lines["textualize", "trace"] == ("unasked", f"trace.zarr, row 0, {gone}")
+    assert {source for stage, source in lines if stage == "cache-teachers"} > {"targets", "textual"}
+    assert all(state == "unasked" and reason.endswith(gone) for state, reason in lines.values())
+
+
+def test_kdpipe_lock_says_how_much_is_asked_for(done: tuple[Config, Path, dict[str, str]]) -> None:
+    config, base, _ = done
+    ctx = Context(replace(config, run=replace(config.run, folder="locked")), base)
+    write_lock_file(ctx, make_plans(ctx))
+    covers = yaml.safe_load((base / "locked" / "kdpipe.lock").read_text())["stages"]["cache-teachers"]["covers"]
+    kept = {"k": "64", "mass": "0.99", "min_k": "4", "temperatures": "1.0"}
+    assert covers == {"textual": {**kept, "lens": "3"}, "acoustic": {"hidden": "1, 2, 3, 4"}, "acoustic_top": kept}

@@ -62,7 +62,9 @@ def test_a_stage_neither_runs_code_of_the_working_folder_nor_waits_for_a_pipe(tm
     assert done.returncode == 0, done.stderr
     command = [KDPIPE, "status", "-c", config, "--json"]
     done = subprocess.run(command, cwd=work, env=environment(), capture_output=True, text=True, timeout=120)
-    (textualize, *_) = json.loads(done.stdout)["stages"]
+    told = json.loads(done.stdout)
+    assert told["next"] == f"kdpipe cache-teachers -c {config}"
+    (textualize, *_) = told["stages"]
     assert textualize["samples"] == {"total": 2, "fresh": 1, "stale": 0, "rejected": 1}
     assert textualize["reasons"] == ["rejected: audio_unreadable: 1"]
     assert [path.name for path in tmp_path.glob("ran-*")] == []

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from kdpipe.data.errors import KdpipeError
+from kdpipe.stages import interrupts
 from kdpipe.stages.config import AcousticTeacherConfig, ModelConfig
+from kdpipe.stages.interrupts import Interrupts
 from kdpipe.stages.train import loop
 from kdpipe.stages.train.data import split_by_padded_size
 from kdpipe.stages.train.metrics import MetricsFile
@@ -115,7 +117,7 @@ def test_the_same_run_twice_gives_the_same_bits(cached: Any) -> None:
     assert (first.student / "model.safetensors").read_bytes() == (second.student / "model.safetensors").read_bytes()
 
 
-def _stop_at(step: int, number: int) -> pytest.MonkeyPatch:
+def _stop_at(step: int, number: int, times: int = 1) -> pytest.MonkeyPatch:
     """Sends this process a signal when it logs a step, before the checkpoint that may follow."""
     patch = pytest.MonkeyPatch()
     append = MetricsFile.append
@@ -123,7 +125,8 @@ def _stop_at(step: int, number: int) -> pytest.MonkeyPatch:
     def stopping(self: MetricsFile, line: dict[str, Any]) -> None:
         append(self, line)
         if line["step"] == step:
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
 
     patch.setattr(MetricsFile, "append", stopping)
     return patch
@@ -146,6 +149,21 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on_bit_for_bit(cached: Any,
     assert "train: goes on after step 2" in broken.said
     assert story(broken.metrics) == story(whole.metrics)
     assert (broken.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
+
+
+def test_a_ctrl_c_that_comes_twice_finishes_the_step(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a terminal and from the runner, which passes on what it gets."""
+    run = cached("SFT only").elsewhere("ctrl-c", checkpoint_steps=100)
+    monkeypatch.setattr(interrupts, "monotonic", lambda: 1.0)
+    before = signal.signal(signal.SIGINT, Interrupts())
+    patch = _stop_at(2, signal.SIGINT, times=2)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 2"):
+            run.train()
+    finally:
+        patch.undo()
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in (run.ctx.folder("train") / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_a_finished_run_only_exports_again(cached: Any) -> None:
