@@ -1,4 +1,5 @@
 # make setup: .venv with kdpipe    make test: lint, types, tests    make demo: the main job in miniature
+# A test that fails is run once more and told of as rerun: engines and kills share two cores with it.
 # On a GPU machine `make setup EXTRA=cuda` installs the CUDA build of vLLM.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ lint: setup
 	.venv/bin/basedpyright --level error
 
 test: lint
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --reruns 1
 
 demo: setup
 	.venv/bin/kdpipe demo

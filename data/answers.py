@@ -47,12 +47,32 @@ def is_choice(answer: str, choices: Sequence[str]) -> bool:
     return any(equal(answer, choice) for choice in choices)
 
 
+def words_match(answer: str, prediction: str, choices: Sequence[str]) -> bool:
+    """MMAU's rule as its script applies it, whatever it is given.
+
+    With W(x) the set of words of x: right iff W(prediction) is not empty, W(answer) is a subset of W(prediction), and
+    W(prediction) shares no word with W(choice) - W(answer) for any choice. So an answer without a single word (`+`)
+    takes any words that no choice claims, and without choices any text that holds the answer's words is right;
+    `matches` mends both.
+
+    Args:
+        answer: the right answer.
+        prediction: what a model said.
+        choices: the choices of the question.
+
+    Returns:
+        True when the prediction is right.
+    """
+    answer_words, predicted = set(_words(answer)), set(_words(prediction))
+    wrong = {word for choice in choices for word in _words(choice)} - answer_words
+    return bool(predicted) and answer_words <= predicted and predicted.isdisjoint(wrong)
+
+
 def matches(answer: str, prediction: str, choices: Sequence[str]) -> bool:
     """Whether `prediction` gives `answer`.
 
-    With choices, MMAU's rule: with W(x) the set of words of x, right iff W(prediction) is not empty,
-    W(answer) is a subset of W(prediction), and W(prediction) shares no word with W(choice) - W(answer) for any
-    choice. Without choices, and for an answer that holds no word at all, the two must be `equal`.
+    With choices, MMAU's rule (`words_match`). Without choices, and for an answer that holds no word at all, the two
+    must be `equal`.
 
     Args:
         answer: the right answer.
@@ -62,12 +82,9 @@ def matches(answer: str, prediction: str, choices: Sequence[str]) -> bool:
     Returns:
         True when the prediction is right.
     """
-    answer_words = set(_words(answer))
-    if not choices or not answer_words:
+    if not choices or not _words(answer):
         return equal(answer, prediction)
-    predicted = set(_words(prediction))
-    wrong = {word for choice in choices for word in _words(choice)} - answer_words
-    return answer_words <= predicted and predicted.isdisjoint(wrong)
+    return words_match(answer, prediction, choices)
 
 
 def _words(text: str) -> list[str]:

@@ -77,6 +77,8 @@ def check(ctx: Context, *, download: bool = False) -> Findings:
     acoustic = student
     if config.teachers.acoustic.model is not None:
         acoustic = inspect("teachers.acoustic.model", config.acoustic, hears=True)
+    if config.evaluate.model is not None:
+        inspect("evaluate.model", config.evaluate.model, hears=True)
     if student is not None and config.train.lora is not None and any(student.path.glob("*.safetensors")):
         with gather():
             lines.append(f"train.lora: {describe(config.train.lora, adapted_layers(student, config.train.lora))}")
@@ -127,19 +129,43 @@ def unknown_tasks(named: Iterable[str], samples: Iterable[Sample], split: str) -
     return problems
 
 
+def _check_benchmarks(ctx: Context, problems: list[str], lines: list[str]) -> None:
+    """Whether the rows that evaluate scores by the rule of a benchmark hold what that needs."""
+    asked = [sample for sample in ctx.samples(ctx.config.data.eval_split) if sample.extra.get("benchmark") is not None]
+    if not asked:
+        return
+    from kdpipe.stages.evaluate.benchmarks import BENCHMARKS, item_of
+
+    counts = Counter(str(sample.extra["benchmark"]) for sample in asked)
+    for name, count in counts.items():
+        how = f"scored as {BENCHMARKS[name].title}" if name in BENCHMARKS else "not known, scored as any others"
+        lines.append(f"manifest: benchmark {name!a}: {count} samples, {how}")
+    for sample in asked:
+        benchmark = BENCHMARKS.get(str(sample.extra["benchmark"]))
+        if benchmark is not None:
+            try:
+                benchmark.reference_of(item_of(sample.extra.get("item"), sample.id))
+            except KdpipeError as error:
+                problems.append(f"data.manifest: {error}")
+                return
+
+
 def _check_samples(ctx: Context, problems: list[str], lines: list[str]) -> None:
     data = ctx.config.data
     samples = ctx.manifest.samples
     splits = Counter(sample.split or "train" for sample in samples)
     lines.append(f"manifest: {len(samples)} samples ({', '.join(f'{name} {n}' for name, n in splits.most_common())})")
+    trains = ctx.config.evaluate.model is None
     for key, name in (("data.train_split", data.train_split), ("data.eval_split", data.eval_split)):
-        if name not in splits:
+        if name not in splits and (trains or key == "data.eval_split"):
             close = difflib.get_close_matches(name, list(splits), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             problems.append(
                 f"{key}: no sample of the manifest is in split {name!r} (there are {', '.join(splits)}){hint}"
             )
-    problems += unknown_tasks(ctx.config.train.task_weights, ctx.samples(data.train_split), data.train_split)
+    if trains:
+        problems += unknown_tasks(ctx.config.train.task_weights, ctx.samples(data.train_split), data.train_split)
+    _check_benchmarks(ctx, problems, lines)
     wanted = [sample for sample in samples if (sample.split or "train") in (data.train_split, data.eval_split)]
     reasons: dict[str, list[str]] = defaultdict(list)
     for sample in wanted:

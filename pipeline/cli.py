@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import shlex
@@ -10,11 +9,17 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from kdpipe.pipeline.benchmark import benchmark
+from kdpipe.pipeline.cache_commands import cache
+from kdpipe.pipeline.options import Commands, request_of, with_config
+from kdpipe.pipeline.report.command import report as report_command
+from kdpipe.pipeline.rows.command import rows
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.plan import StageStatus
@@ -27,14 +32,7 @@ _LEAVE_LATER_SECONDS = 1.0
 STAGE_NAMES = ("textualize", "cache-teachers", "train", "evaluate")  # those of `kdpipe.pipeline.plan.STAGES`
 
 
-class _Commands(click.Group):
-    """Lists commands in the order they are defined in."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
-class _Group(_Commands):
+class _Group(Commands):
     """Prints errors of the user's without a traceback and ends with the right status."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -95,36 +93,11 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(command)
-    def configured(*, overrides: tuple[str, ...], strict_env: bool, **rest: Any) -> None:
-        command(overrides=(*overrides, "run.strict_env=true") if strict_env else overrides, **rest)
+def _quoted(text: str) -> str:
+    """A text as `--set` reads it, whatever is in it."""
+    import json
 
-    with_flag = click.option(
-        "--strict-env", is_flag=True, help="Make anew what other versions of the libraries made (run.strict_env)."
-    )(configured)
-    with_settings = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override one setting, e.g. --set train.epochs=1.",
-    )(with_flag)
-    return click.option(
-        "-c",
-        "--config",
-        "config_file",
-        default="kdpipe.yaml",
-        show_default=True,
-        type=click.Path(path_type=Path),
-        help="The configuration file; paths in it start from its folder.",
-    )(with_settings)
-
-
-def _request(config_file: Path, overrides: tuple[str, ...]) -> Request:
-    from kdpipe.pipeline.runner import Request
-
-    return Request(config_file, overrides)
+    return json.dumps(text)
 
 
 @main.command()
@@ -135,7 +108,8 @@ def init(file: Path, recipe: str, force: bool) -> None:
     """Write a commented starter configuration to FILE.
 
     Recipes are the rows of the paper's table: sft (cross-entropy only), top (textual teacher's last layer),
-    skip (one layer in seven), all (every layer), acoustic (every layer and the acoustic teacher).
+    skip (one layer in seven), all (every layer), acoustic (every layer and the acoustic teacher); and ours, the last
+    with other weights for hearing tasks. `kdpipe rows` runs all of them.
     """
     from kdpipe.pipeline.starter import write_starter
 
@@ -144,7 +118,7 @@ def init(file: Path, recipe: str, force: bool) -> None:
 
 
 @main.command()
-@_with_config
+@with_config
 def check(config_file: Path, overrides: tuple[str, ...]) -> None:
     """Find every mistake in configuration, manifest and models.
 
@@ -153,7 +127,7 @@ def check(config_file: Path, overrides: tuple[str, ...]) -> None:
     """
     from kdpipe.pipeline.check import check as run_check
 
-    for line in run_check(_request(config_file, overrides).context()).lines:
+    for line in run_check(request_of(config_file, overrides).context()).lines:
         click.echo(_printable(line))
     click.echo("No problems found.")
 
@@ -180,7 +154,7 @@ def doctor(config_file: Path | None, vllm: bool) -> None:
         config_file = Path("kdpipe.yaml")
     folders = {"temporary files": Path(tempfile.gettempdir())}
     if config_file is not None:
-        ctx = _request(config_file, ()).context()
+        ctx = request_of(config_file, ()).context()
         folders |= {"run folder": ctx.run_folder}
         if ctx.cache_folder != ctx.run_folder:
             folders |= {"cache folder": ctx.cache_folder}
@@ -203,7 +177,7 @@ def doctor(config_file: Path | None, vllm: bool) -> None:
 
 def _stage_command(name: str, text: str) -> None:
     @main.command(name, help=text)
-    @_with_config
+    @with_config
     @click.option("--only", is_flag=True, help="Refuse, instead of running them, when earlier stages are not fresh.")
     @click.option("--dry-run", is_flag=True, help="Print what would run, why, and at what cost; run nothing.")
     def command(config_file: Path, overrides: tuple[str, ...], only: bool, dry_run: bool) -> None:
@@ -230,16 +204,50 @@ _stage_command(
     "stages first where needed. Started by torchrun or srun, all processes train together, and earlier stages must "
     "have been run.",
 )
-_stage_command(
-    "evaluate",
-    "Score the student beside the untouched model (vLLM).\n\n"
-    "Answers data.eval_split, writes evaluate/predictions.parquet and evaluate/scores.json. Runs earlier stages first "
-    "where needed.",
-)
 
 
 @main.command()
-@_with_config
+@with_config
+@click.option("--model", metavar="MODEL", help="Score this folder or hub model instead, and train nothing.")
+@click.option("--manifest", type=click.Path(path_type=Path), help="With --model: the questions of another manifest.")
+@click.option("--split", metavar="SPLIT", help="Split of the manifest to answer (data.eval_split).")
+@click.option("--only", is_flag=True, help="Refuse, instead of running them, when earlier stages are not fresh.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, why, and at what cost; run nothing.")
+def evaluate(
+    config_file: Path,
+    overrides: tuple[str, ...],
+    model: str | None,
+    manifest: Path | None,
+    split: str | None,
+    only: bool,
+    dry_run: bool,
+) -> None:
+    """Score the student beside the untouched model (vLLM).
+
+    Answers data.eval_split and writes into evaluate/: predictions.parquet, scores.json (accuracy by task with 95 %
+    intervals, and what differs), forgotten.jsonl, and under official/ the benchmarks' own files. Runs earlier stages
+    first where needed.
+
+    With --model, any model that vLLM hears with (train/student of another run, say) is scored beside the untouched
+    student, in the folder models/ of the run, and no other stage is needed.
+    """
+    if manifest is not None and model is None:
+        raise click.UsageError("--manifest goes with --model: the student of this run belongs to data.manifest")
+    if manifest is not None:
+        overrides = (*overrides, f"data.manifest={_quoted(str(manifest.absolute()))}")
+    if split is not None:
+        overrides = (*overrides, f"data.eval_split={_quoted(split)}")
+    if model is not None:
+        from kdpipe.pipeline.runner import of_model
+
+        request = of_model(request_of(config_file, overrides), model)
+        click.echo(f"Scoring {_printable(model)} in {_printable(str(request.context().run_folder))}")
+        overrides = request.overrides
+    _bring(config_file, overrides, "evaluate", only=only, dry_run=dry_run)
+
+
+@main.command()
+@with_config
 @click.option("--dry-run", is_flag=True, help="Print what would run, why, and at what cost; run nothing.")
 def run(config_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Bring everything up to date, evaluation included."""
@@ -250,7 +258,7 @@ def _bring(config_file: Path, overrides: tuple[str, ...], target: str, *, only: 
     from kdpipe.pipeline.runner import StageFailed, bring_up_to_date
     from kdpipe.stages.train.launch import find_launch
 
-    request, launch = _request(config_file, overrides), find_launch(os.environ)
+    request, launch = request_of(config_file, overrides), find_launch(os.environ)
     if launch is not None:
         _bring_launched(request, launch, target, dry_run=dry_run)
         return
@@ -310,7 +318,7 @@ def _bring_launched(request: Request, launch: Launch, target: str, *, dry_run: b
 
 
 @main.command()
-@_with_config
+@with_config
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 @click.option("--cost", is_flag=True, help="Also the bytes, time and memory of what is to do.")
 @click.option("--why", "sample", metavar="SAMPLE", help="Where one sample stands, and every reason.")
@@ -321,7 +329,7 @@ def status(config_file: Path, overrides: tuple[str, ...], as_json: bool, cost: b
     """
     from kdpipe.pipeline.recall import look, recall
 
-    ctx = _request(config_file, overrides).context()
+    ctx = request_of(config_file, overrides).context()
     if sample is not None:
         from kdpipe.pipeline.plan import make_plans, why
 
@@ -366,89 +374,13 @@ def _print_table(statuses: Sequence[StageStatus]) -> None:
             click.echo(f"    {_printable(reason)}")
 
 
-@main.group(cls=_Commands)
-def cache() -> None:
-    """Look at the teacher store, prove it, tidy it."""
-
-
-@cache.command()
-@click.argument("sample", required=False)
-@_with_config
-@click.option("--layer", type=int, help="With SAMPLE: the lens of this layer of the textual teacher.")
-@click.option("--tokens", metavar="A:B", default=":", help="With SAMPLE: response tokens A to B only.")
-def inspect(sample: str | None, config_file: Path, overrides: tuple[str, ...], layer: int | None, tokens: str) -> None:
-    """Say what the teacher store holds, or show one SAMPLE.
-
-    Without SAMPLE: samples, tokens and bytes by source, how they are stored, and how faithfully. With its id: each
-    token of the response beside what the teachers expected there.
-    """
-    if sample is None and (layer is not None or tokens != ":"):
-        raise click.UsageError("--layer and --tokens are about one sample: name it, as in `kdpipe cache inspect dog-1`")
-    ctx = _request(config_file, overrides).context()
-    if sample is None:
-        from kdpipe.pipeline.overview import overview
-
-        lines = overview(ctx)
-    else:
-        from kdpipe.pipeline.sample import show_sample
-
-        lines = show_sample(ctx, sample, layer=layer, tokens=_slice(tokens))
-    click.echo("\n".join(lines))
-
-
-def _slice(text: str) -> slice:
-    first, colon, last = text.partition(":")
-    try:
-        start, stop = (int(part) if part else None for part in (first, last))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not like 10:20, 10: or :20", param_hint="--tokens") from None
-    return slice(start, stop if colon else None if start in (None, -1) else start + 1)
-
-
-@cache.command()
-@_with_config
-@click.option("--report-only", is_flag=True, help="Change nothing.")
-@click.option(
-    "--live", type=click.IntRange(1), metavar="N", help="Also ask the live teachers again, N samples of each source."
-)
-def verify(config_file: Path, overrides: tuple[str, ...], report_only: bool, live: int | None) -> None:
-    """Prove every byte of the teacher store.
-
-    Reads all of it: checksums, metadata, lengths, and whether the values can be what a teacher said. What is damaged
-    is set aside in cache-teachers/damaged/, so that `kdpipe cache-teachers` makes just that anew. Ends with status 1
-    when damage was found.
-    """
-    from kdpipe.pipeline.cache import verify as run_verify
-
-    ctx = _request(config_file, overrides).context()
-    is_sound, lines = run_verify(ctx, report_only=report_only)
-    click.echo("\n".join(lines))
-    if live is not None:
-        from kdpipe.pipeline.cache import compare_live
-
-        click.echo("\n".join(compare_live(ctx, live)))
-    sys.exit(0 if is_sound else 1)
-
-
-@cache.command()
-@_with_config
-@click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
-@click.option("--unasked", is_flag=True, help="Also forget samples that the manifest does not name any more.")
-def gc(config_file: Path, overrides: tuple[str, ...], dry_run: bool, unasked: bool) -> None:
-    """Remove what no sample needs.
-
-    Parts that were replaced, manifests and files that a killed run left behind, and what `verify` set aside. Samples
-    that only another configuration asks for are kept.
-    """
-    from kdpipe.pipeline.cache import collect_garbage
-
-    ctx = _request(config_file, overrides).context()
-    click.echo("\n".join(collect_garbage(ctx, dry_run=dry_run, unasked=unasked)))
+main.add_command(rows)
+main.add_command(cache)
 
 
 @main.command()
 @click.argument("stages", metavar="STAGE...", nargs=-1, required=True, type=click.Choice(STAGE_NAMES))
-@_with_config
+@with_config
 @click.option("--dry-run", is_flag=True, help="Say what would be accepted; change nothing.")
 def accept(stages: tuple[str, ...], config_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Take what a stage has as what is asked for, deliberately.
@@ -459,8 +391,11 @@ def accept(stages: tuple[str, ...], config_file: Path, overrides: tuple[str, ...
     """
     from kdpipe.pipeline.accept import accept as accept_stages
 
-    for line in accept_stages(_request(config_file, overrides), stages, dry_run=dry_run):
+    for line in accept_stages(request_of(config_file, overrides), stages, dry_run=dry_run):
         click.echo(_printable(line))
+
+
+main.add_command(report_command)
 
 
 @main.command()
@@ -477,3 +412,6 @@ def demo(folder: Path) -> None:
     from kdpipe.pipeline.demo import run_demo
 
     run_demo(folder)
+
+
+main.add_command(benchmark)

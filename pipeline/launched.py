@@ -59,7 +59,7 @@ def train_launched(request: Request, launch: Launch) -> bool:
             stack.enter_context(hold([ctx.run_folder, ctx.cache_folder]))
             clean_tmp(ctx)
             plans = make_plans(ctx, NAME)
-            for name in upstream(NAME)[:-1]:
+            for name in upstream(NAME, ctx.config)[:-1]:
                 if has_work(plans[name]):
                     refuse_stale(status_of(plans[name]), "it does not run in several processes", ", by itself")
             refuse_training_that_does_not_fit(ctx, plans[NAME], launch)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from kdpipe.data.errors import KdpipeError
 from kdpipe.stages.base import Context, Stage, StagePlan, Wanted, compare, covers
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
+from kdpipe.stages.config import Config
 from kdpipe.stages.environment import difference, environment
 from kdpipe.stages.evaluate.stage import STAGE as EVALUATE
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
@@ -54,12 +55,12 @@ class StageStatus:
         return {"name": self.name, "state": self.state, "samples": samples, "reasons": list(self.reasons)}
 
 
-def upstream(name: str) -> list[str]:
+def upstream(name: str, config: Config) -> list[str]:
     """The stages that `name` needs, directly or not, and itself, in the order they run."""
     needed = {name}
     for stage in reversed(tuple(STAGES)):
         if stage in needed:
-            needed |= set(STAGES[stage].needs)
+            needed |= set(STAGES[stage].needs(config))
     return [stage for stage in STAGES if stage in needed]
 
 
@@ -78,7 +79,7 @@ def make_plans(
     """
     made, plans = made or {}, {}
     with without_collecting():
-        for name in STAGES if target is None else upstream(target):
+        for name in STAGES if target is None else upstream(target, ctx.config):
             if name in made:
                 plans[name] = made[name]
             else:

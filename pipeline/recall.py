@@ -133,6 +133,7 @@ def _notes(ctx: Context) -> dict[str, Any]:
         config.tracer,
         config.teachers.textual.model,
         config.acoustic,
+        *filter(None, [config.evaluate.model]),
     ):
         try:
             folder = resolve(model, ctx.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from types import FrameType
 
 from kdpipe.data.errors import KdpipeError, RejectBudgetError, StaleError
 from kdpipe.data.files import remove
+from kdpipe.data.hashing import digest
 from kdpipe.pipeline.check import check
 from kdpipe.pipeline.config import load_config
 from kdpipe.pipeline.cost import refuse_what_does_not_fit
@@ -23,7 +25,7 @@ from kdpipe.pipeline.plan import STAGES, StageStatus, has_work, status_of, upstr
 from kdpipe.pipeline.recall import look, recall
 from kdpipe.pipeline.terminal import printable
 from kdpipe.stages.base import Context, StagePlan
-from kdpipe.stages.evaluate.scores import assemble, assembled
+from kdpipe.stages.evaluate.results import assemble, assembled
 
 _UNFINISHED = re.compile(r"(old-)?[0-9a-f]{32}")
 """Names that `kdpipe.data.files.build_aside` gives; other files in `tmp/` are kept between runs."""
@@ -53,13 +55,44 @@ class Request:
     config_file: Path
     overrides: tuple[str, ...] = ()
 
-    def context(self) -> Context:
+    def context(self, earlier: Context | None = None) -> Context:
         """Loads the configuration anew.
+
+        Args:
+            earlier: a context whose manifest is taken over while its file stands.
 
         Raises:
             ConfigError: all its mistakes.
         """
-        return Context(load_config(self.config_file, self.overrides), self.config_file.resolve().parent)
+        ctx = Context(load_config(self.config_file, self.overrides), self.config_file.resolve().parent)
+        if earlier is not None:
+            ctx.take_manifest(earlier)
+        return ctx
+
+
+def of_model(request: Request, model: str) -> Request:
+    """The same request, for scoring another model: in a folder of that model's below the run folder, over its cache.
+
+    Args:
+        request: configuration file and overrides.
+        model: a folder (relative to the working directory) or a hub name.
+
+    Raises:
+        ConfigError: all mistakes of the configuration.
+    """
+    ctx = request.context()
+    folder = Path(model)
+    name = str(folder.resolve()) if folder.is_dir() else model
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip(".-") or "model"
+    place = ctx.run_folder / "models" / f"{slug}-{digest(name)[:8]}"
+    values = {
+        "evaluate.model.path": name,
+        "evaluate.model.dtype": ctx.config.student.model.dtype,
+        "run.folder": str(place),
+        "run.cache": str(ctx.cache_folder),
+    }
+    settings = (f"{key}={json.dumps(value)}" for key, value in values.items())
+    return Request(request.config_file, (*request.overrides, *settings))
 
 
 def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bool:
@@ -80,6 +113,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
         StageFailed: a stage process failed.
     """
     ctx = request.context()
+    needed = upstream(target, ctx.config)
     recalled = recall(ctx)
     if recalled is not None and target in recalled.done:
         return False
@@ -88,10 +122,8 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     ran = False
     with hold([ctx.run_folder, ctx.cache_folder]) as locks:
         clean_tmp(ctx)
-        now = request.context()
-        now.take_manifest(ctx)
-        last = look(now, target)
-        for name in upstream(target):
+        last = look(request.context(ctx), target)
+        for name in needed:
             plan = last.plans[name]
             if STAGES[name].whole:
                 _check_budget(ctx, plan)
@@ -116,7 +148,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
             assemble(ctx)
         last = last.completed()
         write_lock_file(last.ctx, last.plans)
-        last.keep(done=upstream(target))
+        last.keep(done=needed)
     return ran
 
 

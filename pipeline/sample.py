@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -48,7 +48,7 @@ def show_sample(ctx: Context, sample: str, *, layer: int | None = None, tokens: 
     if not rows:
         raise KdpipeError(_unknown(sample, {row.id for row in ledger.rows()}))
     store = Store(ledger.parts, ledger)
-    texts = _token_texts(ctx)
+    texts = token_texts(ctx)
     lines = [_bold(printable(sample)), *_question(ctx, sample)]
     for source, row in rows.items():
         part, _ = store.get(sample, source)
@@ -117,8 +117,8 @@ def _title(part: PartReader, layer: int | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Numbers:
-    """What the table says of each position; [T] each.
+class Numbers:
+    """How a teacher's distribution stands to the target at each position; [T] each.
 
     Attributes:
         p: probability of the target; where it is not kept, the most it can be.
@@ -135,7 +135,7 @@ class _Numbers:
     entropy: np.ndarray
 
     @staticmethod
-    def of(found: StoredDistribution, ids: np.ndarray) -> _Numbers:
+    def of(found: StoredDistribution, ids: np.ndarray) -> Numbers:
         log_p_TK, log_tail_TB = found.logprob.astype(np.float64), found.log_tail[:, 0].astype(np.float64)
         hit_TK = found.ids == ids[:, None]
         is_kept = hit_TK.any(1)
@@ -146,11 +146,11 @@ class _Numbers:
         outcomes = np.concatenate([log_p_TK, log_tail_TB], 1)
         outcomes = np.where(np.isfinite(outcomes), outcomes, 0.0)  # 0 log 0 is 0, and so is 1 log 1
         terms = np.exp(outcomes) * outcomes
-        return _Numbers(p, is_kept, rank, tail, np.maximum(0.0, -terms.sum(1)))
+        return Numbers(p, is_kept, rank, tail, np.maximum(0.0, -terms.sum(1)))
 
 
 def _table(found: StoredDistribution, ids: np.ndarray, tokens: slice, texts: Mapping[int, str]) -> list[str]:
-    numbers = _Numbers.of(found, ids)
+    numbers = Numbers.of(found, ids)
     places = range(len(ids))[tokens]
     digits = max(2, len(str(len(ids))))
     width = terminal_width()
@@ -218,29 +218,29 @@ def _bold(text: str) -> str:
     return click.style(text, bold=True)
 
 
-def _token_texts(ctx: Context) -> dict[int, str]:
-    """What the student's tokens say, visibly; empty where the tokenizer cannot be read."""
+def token_texts(ctx: Context, shown: Callable[[str], str] = visible) -> dict[int, str]:
+    """What the student's tokens say, made visible by `shown`; empty where the tokenizer cannot be read."""
     try:
         folder = resolve(ctx.config.student.model, ctx.base)
         vocabulary = load_vocabulary(folder.path, folder.name)
     except KdpipeError:
         return {}
     return {
-        index: visible(token) if index in vocabulary.special else _decoded(token)
+        index: shown(token) if index in vocabulary.special else _decoded(token, shown)
         for index, token in vocabulary.tokens.items()
     }
 
 
-def _decoded(token: str) -> str:
+def _decoded(token: str, shown: Callable[[str], str]) -> str:
     """A token of a byte-level vocabulary as text; bytes that are no text by themselves are escaped."""
     bytes_of = _byte_alphabet()
     if not all(char in bytes_of for char in token):
-        return visible(token.replace("▁", " "))
+        return shown(token.replace("▁", " "))
     raw = bytes(bytes_of[char] for char in token)
     try:
-        return visible(raw.decode())
+        return shown(raw.decode())
     except UnicodeDecodeError:
-        return visible(raw.decode("utf-8", "backslashreplace"))
+        return shown(raw.decode("utf-8", "backslashreplace"))
 
 
 @lru_cache(maxsize=1)

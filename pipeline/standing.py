@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kdpipe.pipeline.plan import StageStatus, status_of
 from kdpipe.stages.base import Context, StagePlan
-from kdpipe.stages.evaluate.scores import assembled
+from kdpipe.stages.evaluate.results import assembled
 
 
 def standing(ctx: Context, plans: Mapping[str, StagePlan]) -> list[StageStatus]:

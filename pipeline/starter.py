@@ -13,9 +13,12 @@ RECIPES = {
     "skip": ({"top": "1.0", "layer": "0.05", "acoustic": "0.0", "sft": "0.5"}, "skip"),
     "all": ({"top": "1.0", "layer": "0.05", "acoustic": "0.0", "sft": "0.5"}, "all"),
     "acoustic": ({"top": "1.0", "layer": "0.05", "acoustic": "0.05", "sft": "0.5"}, "all"),
+    "ours": ({"top": "1.0", "layer": "0.05", "acoustic": "0.05", "sft": "0.5"}, "all"),
 }
 """Recipe name to (train.weights, layers.mode). The paper's first row, the untouched base, needs no training:
 `kdpipe evaluate` scores it beside every student."""
+
+_BY_TASK = "{ser: {acoustic_top: 1.0, sft: 0.25}}"
 
 
 def starter_text(recipe: str) -> str:
@@ -28,7 +31,7 @@ def starter_text(recipe: str) -> str:
         raise ConfigError([f"--recipe {recipe}: choose one of {', '.join(RECIPES)}"])
     weights, mode = RECIPES[recipe]
     text = files("kdpipe.pipeline").joinpath("starter.yaml").read_text(encoding="utf-8")
-    for name, value in {**weights, "mode": mode}.items():
+    for name, value in {**weights, "mode": mode, "by_task": _BY_TASK if recipe == "ours" else "{}"}.items():
         text = text.replace(f"@{name}@", value)
     return text
 

@@ -160,7 +160,6 @@ class Stage(Protocol):
     Attributes:
         name: as on the command line; also the name of its folder.
         version: raised when the same inputs would give other bytes.
-        needs: stages whose outputs it reads.
         whole: whether its output is made from all samples together (a student) and not sample by sample.
     """
 
@@ -169,9 +168,11 @@ class Stage(Protocol):
     @property
     def version(self) -> int: ...
     @property
-    def needs(self) -> tuple[str, ...]: ...
-    @property
     def whole(self) -> bool: ...
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """The stages whose outputs it reads."""
+        ...
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """What the configuration asks of this stage, with keys; `plans` are those of the stages in `needs`."""

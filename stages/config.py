@@ -249,6 +249,8 @@ class EvaluateConfig:
 
     base: bool = execution(True)
     """Score the untouched student too."""
+    model: ModelConfig | None = None
+    """Score this model in place of the trained student; nothing is trained for it. See `kdpipe evaluate --model`."""
     max_tokens: int = bounded(1024, 1)
     """Longest answer, trace included."""
     temperature: float = bounded(0.6, 0.0)

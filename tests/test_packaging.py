@@ -35,7 +35,8 @@ def test_wheel_holds_every_module(tmp_path):
     (wheel,) = tmp_path.glob("kdpipe-*.whl")
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("kdpipe/")}
     tree = {f"kdpipe/{p.relative_to(ROOT)}" for room in ROOMS for p in (ROOT / room).rglob("*.py")}
-    assert shipped == tree | {"kdpipe/pipeline/starter.yaml"}
+    data = {"pipeline/starter.yaml", "pipeline/report/page.html", "pipeline/report/style.css"}
+    assert shipped == tree | {f"kdpipe/{name}" for name in data}
 
 
 def test_light_modules_import_nothing_heavy():

@@ -20,7 +20,7 @@ from kdpipe.data.hashing import digest
 from kdpipe.data.store.format import is_low_rank
 from kdpipe.stages.base import Context, StagePlan, Wanted
 from kdpipe.stages.cache_teachers.requirements import Requirements, requirements
-from kdpipe.stages.config import TeachersConfig
+from kdpipe.stages.config import Config, TeachersConfig
 from kdpipe.stages.textualize.stage import SAMPLE_FIELDS, sample_fields
 
 UPSTREAM = "textualize"
@@ -32,8 +32,11 @@ class CacheTeachers:
 
     name: str = "cache-teachers"
     version: int = 2
-    needs: tuple[str, ...] = (UPSTREAM,)
     whole: bool = False
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """The stages whose outputs it reads."""
+        return (UPSTREAM,)
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """One want for each source of each training sample that textualize did not reject.

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from kdpipe.data.answers import matches
 from kdpipe.data.audio import decode
 from kdpipe.data.cota import TraceSchema
 from kdpipe.data.errors import Rejected
 from kdpipe.data.hashing import digest
 from kdpipe.data.manifest import Sample, check_sample
 from kdpipe.stages.base import Context, Wanted
-from kdpipe.stages.evaluate.scores import assemble, to_table
+from kdpipe.stages.evaluate.results import assemble, to_table
+from kdpipe.stages.evaluate.scores import judge
 from kdpipe.stages.evaluate.stage import BASE, STAGE, STUDENT
 from kdpipe.stages.models.drive import drive
 from kdpipe.stages.models.engine import Completion, Engine, Request, Sampling, open_engine, seed_of
@@ -98,7 +98,7 @@ class _Answers:
             "answer": sample.answer,
             "prediction": prediction,
             "output": output.text,
-            "correct": None if sample.answer is None else matches(sample.answer, prediction, sample.choices),
+            "correct": judge(sample, prediction),
             "finish_reason": output.finish_reason,
             "tokens": output.tokens,
         }
@@ -150,5 +150,6 @@ def _answer_all(ctx: Context, source: str, wants: Sequence[Wanted]) -> None:
 def _model(ctx: Context, source: str) -> ModelFolder:
     model = ctx.config.student.model
     if source == STUDENT:
-        model = dataclasses.replace(model, path=str(ctx.folder("train") / "student"), revision=None)
-    return resolve(model, ctx.base, download=source == BASE)
+        trained = dataclasses.replace(model, path=str(ctx.folder("train") / "student"), revision=None)
+        model = ctx.config.evaluate.model or trained
+    return resolve(model, ctx.base, download=True)

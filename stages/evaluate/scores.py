@@ -1,161 +1,177 @@
-"""From stored answers to `predictions.parquet` and `scores.json`: accuracy by task, base beside student."""
+"""Scores from answers: accuracy with intervals, by task and by what else the manifest tells of a question, base
+beside student, and what was gained and forgotten."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from kdpipe.data.errors import StoreError
-from kdpipe.data.files import write_atomically, write_json
-from kdpipe.data.hashing import digest
-from kdpipe.data.ledger import Ledger
-from kdpipe.stages.base import Context
-from kdpipe.stages.evaluate.stage import BASE, STAGE, STUDENT
-from kdpipe.stages.textualize.parts import read_records, remedy
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from kdpipe.data.answers import matches
+from kdpipe.data.manifest import Sample
+from kdpipe.stages.evaluate.stage import BASE, STUDENT
 
 NO_TASK = "all"
 """Task under which samples are counted whose manifest row names none."""
 
+COLUMNS = ("category", "sub_category", "difficulty")
+"""Columns of the manifest by which answers are counted too, where it has them."""
 
-def schema() -> pa.Schema:
-    """The columns of a part and of `predictions.parquet`; `correct` is null where the manifest has no answer."""
-    import pyarrow as pa
-
-    text = pa.string()
-    columns = {
-        "id": text,
-        "source": text,
-        "key": text,
-        "task": text,
-        "answer": text,
-        "prediction": text,
-        "output": text,
-        "correct": pa.bool_(),
-        "finish_reason": text,
-        "tokens": pa.int64(),
-    }
-    return pa.schema(list(columns.items()))
+Record = Mapping[str, Any]
 
 
-def to_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A table from one mapping an answer."""
-    import pyarrow as pa
-
-    return pa.Table.from_pylist([dict(record) for record in records], schema=schema())
-
-
-def assembled(ctx: Context) -> bool:
-    """Whether both result files are there and were made from what the ledger and the manifest hold now."""
-    folder = ctx.folder(STAGE.name)
-    try:
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    made_from = scores.get("made_from") if isinstance(scores, dict) else None
-    return (folder / "predictions.parquet").exists() and made_from == _made_from(ctx, ctx.ledger(STAGE.name))
-
-
-def _made_from(ctx: Context, ledger: Ledger) -> str:
-    """Digest of everything that decides the result files."""
-    samples = [(sample.id, sample.task) for sample in ctx.samples(ctx.config.data.eval_split)]
-    rejects = sorted((reject.id, reject.source, reject.key) for reject in ledger.rejects())
-    return digest([ledger.digest, rejects, samples, ctx.config.data.eval_split, ctx.config.evaluate.base])
-
-
-def assemble(ctx: Context) -> dict[str, Any]:
-    """Writes `predictions.parquet` and `scores.json` from what the ledger holds, and prints the scores by task.
+def judge(sample: Sample, prediction: str) -> bool | None:
+    """Whether a prediction is right: by the rule of the sample's `benchmark`, or of `kdpipe.data.answers.matches`.
 
     Returns:
-        What stands in `scores.json`: `split`, `samples`, `made_from` (a digest of what decided it), and
-        for each model `accuracy` (share of the scored answers,
-        None without any), `n` (answers scored), `correct`, `unanswered` (empty predictions, counted as wrong),
-        `unscored` (no answer in the manifest), `rejected` (samples without a prediction, which are not in `n`), and
-        `by_task` with the first four for each task.
-
-    Raises:
-        StoreError: a part is missing or damaged.
+        None where the manifest has no answer.
     """
-    import pyarrow.parquet as pq
+    if sample.answer is None:
+        return None
+    if sample.extra and (name := sample.extra.get("benchmark")) is not None:
+        from kdpipe.stages.evaluate.benchmarks import BENCHMARKS, item_of
 
-    ledger = ctx.ledger(STAGE.name)
-    samples = ctx.samples(ctx.config.data.eval_split)
-    places = {sample.id: place for place, sample in enumerate(samples)}
-    sources = (BASE, STUDENT) if ctx.config.evaluate.base else (STUDENT,)
-    records = []
-    for row, record in read_records(ledger):
-        if not _is_answer(record):  # no checksum covers the schema of a Parquet file
-            path = ledger.parts / row.part
-            raise StoreError(f"{path}: row {row.row} is no answer to sample {row.id!r}. {remedy(path)}")
-        if record["id"] in places and record["source"] in sources:
-            records.append(record)
-    records.sort(key=lambda record: (sources.index(record["source"]), places[record["id"]]))
-    tmp = ctx.tmp(STAGE.name)
-    scores: dict[str, Any] = {
-        "split": ctx.config.data.eval_split,
-        "samples": len(samples),
-        "made_from": _made_from(ctx, ledger),
-    }
-    for source in sources:
-        rejected = sum(1 for reject in ledger.rejects() if reject.source == source and reject.id in places)
-        scores[source] = score([record for record in records if record["source"] == source], rejected)
-    table = to_table(records)
-    write_atomically(
-        ledger.folder / "predictions.parquet",
-        lambda path: pq.write_table(table, path, write_page_checksum=True),
-        tmp,
-    )
-    write_json(ledger.folder / "scores.json", scores, tmp)
-    for line in report(scores):
-        ctx.say(line)
-    return scores
+        if str(name) in BENCHMARKS:
+            item = item_of(sample.extra.get("item"), sample.id)
+            return BENCHMARKS[str(name)].is_correct(sample.answer, prediction, list(sample.choices), item)
+    return matches(sample.answer, prediction, sample.choices)
 
 
-def _is_answer(record: Mapping[str, Any]) -> bool:
-    texts = record.get("source"), record.get("prediction"), record.get("task", 0) or ""
-    return all(isinstance(text, str) for text in texts) and record.get("correct", 0) in (None, True, False)
+def score(records: Sequence[Record], rejected: int) -> dict[str, Any]:
+    """One model's scores.
 
+    Args:
+        records: its answers, each with `task`, `prediction` and `correct`.
+        rejected: samples without an answer.
 
-def score(records: Sequence[Mapping[str, Any]], rejected: int) -> dict[str, Any]:
-    """One model's scores from its records; see `assemble`."""
-    by_task: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    Returns:
+        Of the scored answers `accuracy` (a share; None without any), its 95 % `interval`, `n`, `correct` and
+        `unanswered` (empty predictions, counted as wrong); `unscored` (no answer in the manifest), `rejected` (not in
+        `n`), and `by_task` with the first five for each task.
+    """
+    by_task: dict[str, list[Record]] = defaultdict(list)
     scored = [record for record in records if record["correct"] is not None]
     for record in scored:
         by_task[record["task"] or NO_TASK].append(record)
     return {
-        **_count(scored),
+        **count(scored),
         "unscored": len(records) - len(scored),
         "rejected": rejected,
-        "by_task": {task: _count(of_task) for task, of_task in sorted(by_task.items())},
+        "by_task": {task: count(of_task) for task, of_task in sorted(by_task.items())},
     }
 
 
-def _count(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    correct = sum(record["correct"] for record in scored)
+def count(scored: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy and counts of answers that are scored; see `score`."""
+    import numpy as np
+
+    from kdpipe.stages.evaluate.statistics import mean_interval
+
+    estimate = mean_interval(np.array([record["correct"] for record in scored], float))
+    found = {"accuracy": None, "interval": None, "n": 0} if estimate is None else estimate.as_json("accuracy")
     return {
-        "accuracy": correct / len(scored) if scored else None,
-        "n": len(scored),
-        "correct": correct,
+        **found,
+        "correct": sum(record["correct"] for record in scored),
         "unanswered": sum(not record["prediction"] for record in scored),
     }
 
 
+def pairs(records: Mapping[str, Sequence[Record]]) -> dict[str, Any] | None:
+    """Student beside base on the questions that both answered: `all` and `by_task`.
+
+    Args:
+        records: the answers of each model.
+
+    Returns:
+        As `kdpipe.stages.evaluate.statistics.paired`; None where there is nothing to compare.
+    """
+    from kdpipe.stages.evaluate.statistics import paired
+
+    found = {source: {r["id"]: r for r in records.get(source, ()) if r["correct"] is not None} for source in _BOTH}
+
+    def compared(names: Iterable[str]) -> dict[str, Any] | None:
+        names = list(names)
+        one, other = ({n: found[source][n]["correct"] for n in names if n in found[source]} for source in _BOTH)
+        return paired(one, other)
+
+    by_task: dict[str, list[str]] = defaultdict(list)
+    for name, record in found[BASE].items():
+        by_task[record["task"] or NO_TASK].append(name)
+    if (everything := compared(found[BASE])) is None:
+        return None
+    of_tasks = {task: compared(names) for task, names in sorted(by_task.items())}
+    return {"all": everything, "by_task": {task: one for task, one in of_tasks.items() if one is not None}}
+
+
+_BOTH = (BASE, STUDENT)
+
+
+def by_columns(samples: Mapping[str, Sample], records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """Accuracy by the values of `COLUMNS`: column, value, model. A row with a list counts under each of its values."""
+    parted: dict[str, dict[str, dict[str, list[Record]]]] = {}
+    for source, answers in records.items():
+        for record in answers:
+            extra = samples[record["id"]].extra
+            if record["correct"] is None or not extra:
+                continue
+            for column in COLUMNS:
+                value = extra.get(column)
+                for one in value if isinstance(value, list) else [value]:
+                    if one not in (None, ""):
+                        by_value = parted.setdefault(column, {})
+                        by_value.setdefault(str(one), {}).setdefault(source, []).append(record)
+    return {
+        column: {
+            value: {source: count(answers) for source, answers in by_source.items()}
+            for value, by_source in sorted(by_value.items())
+        }
+        for column, by_value in sorted(parted.items())
+    }
+
+
+def forgotten(samples: Mapping[str, Sample], records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """Questions that base had right and the student has wrong, with both answers, in the manifest's order."""
+    base = {record["id"]: record for record in records.get(BASE, ()) if record["correct"]}
+    lost = [r for r in records.get(STUDENT, ()) if r["correct"] is False and r["id"] in base]
+    return [
+        {
+            "id": record["id"],
+            "task": record["task"],
+            "question": samples[record["id"]].question,
+            "choices": list(samples[record["id"]].choices),
+            "answer": record["answer"],
+            "base": base[record["id"]]["prediction"],
+            "student": record["prediction"],
+        }
+        for record in lost
+    ]
+
+
 def report(scores: Mapping[str, Any]) -> list[str]:
-    """The scores as lines of a table: a row a task, base beside student."""
-    sources = [source for source in (BASE, STUDENT) if source in scores]
+    """The scores as lines of a table: a row a task, base beside student with 95 % intervals, and what differs."""
+    sources = [source for source in _BOTH if source in scores]
     tasks = sorted({task for source in sources for task in scores[source]["by_task"]})
-    rows = [(_shown(task), [scores[source]["by_task"].get(task, {}) for source in sources]) for task in tasks]
+    paired = scores.get("paired") or {}
+    of_tasks = paired.get("by_task", {})
+    rows = [
+        (_shown(task), [scores[source]["by_task"].get(task, {}) for source in sources], of_tasks.get(task))
+        for task in tasks
+    ]
     if tasks != [NO_TASK]:
-        rows.append((NO_TASK, [scores[source] for source in sources]))
-    width = max(len("task"), *(len(task) for task, _ in rows))
-    lines = [f"{'task':<{width}}  {'n':>6}  " + "  ".join(f"{source:>8}" for source in sources)]
-    for task, cells in rows:
+        rows.append((NO_TASK, [scores[source] for source in sources], paired.get("all")))
+    width = max(len("task"), *(len(task) for task, _, _ in rows))
+    heads = [f"{source + ' %':>19}" for source in sources] + ([f"{'student - base':>24} {'p':>6}"] if paired else [])
+    lines = [f"{'task':<{width}}  {'n':>6}  " + "  ".join(heads)]
+    for task, cells, pair in rows:
         number = max(cell.get("n", 0) for cell in cells)
-        lines.append(f"{task:<{width}}  {number:>6}  " + "  ".join(_percent(cell) for cell in cells))
+        shown = [_percent(cell) for cell in cells] + ([_difference(pair)] if pair else [])
+        lines.append(f"{task:<{width}}  {number:>6}  " + "  ".join(shown))
+    if pair := paired.get("all"):
+        lines.append(f"{pair['gained']} gained, {pair['forgotten']} forgotten (evaluate/forgotten.jsonl)")
+    for name, by_source in scores.get("benchmarks", {}).items():
+        for source, found in by_source.items():
+            parts = [f"{kind} {_score(found[kind])}" for kind in ("official", "strict")]
+            lines.append(f"{name}, {source}: {found['measure'].replace('_', ' ')}: {', '.join(parts)}")
     for source in sources:
         notes = [
             f"{scores[source][name]} {name}" for name in ("unanswered", "unscored", "rejected") if scores[source][name]
@@ -171,5 +187,17 @@ def _shown(task: str) -> str:
 
 
 def _percent(cell: Mapping[str, Any]) -> str:
-    accuracy = cell.get("accuracy")
-    return f"{'-':>8}" if accuracy is None else f"{100 * accuracy:>7.2f}%"
+    if cell.get("accuracy") is None:
+        return f"{'-':>19}"
+    low, high = cell["interval"]
+    return f"{100 * cell['accuracy']:>5.1f} [{100 * low:>4.1f}, {100 * high:>5.1f}]"
+
+
+def _difference(pair: Mapping[str, Any]) -> str:
+    low, high = pair["interval"]
+    p = "<0.001" if pair["p_value"] < 0.001 else f"{pair['p_value']:.3f}"
+    return f"{100 * pair['difference']:>+6.1f} [{100 * low:>+6.1f}, {100 * high:>+6.1f}] {p:>6}"
+
+
+def _score(found: Mapping[str, Any]) -> str:
+    return f"{'-' if found['score'] is None else format(100 * found['score'], '.2f')} of {found['n']}"

@@ -4,7 +4,7 @@ Sizes are chosen so that teacher and students differ in width, depth and padded 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +104,16 @@ def make_family(folder: Path, *, seed: int = 0, audio_seconds: int = 3) -> Minia
     )
 
 
-def make_tokenizers(*, seed: int = 0) -> tuple["PreTrainedTokenizerFast", "PreTrainedTokenizerFast"]:
-    """Trains the tokenizers of text models and of audio models: the same ordinary ids, different special tokens."""
-    texts = list(world.texts(300, seed=seed))
+def make_tokenizers(
+    *, seed: int = 0, texts: Sequence[str] | None = None
+) -> tuple["PreTrainedTokenizerFast", "PreTrainedTokenizerFast"]:
+    """Trains the tokenizers of text models and of audio models: the same ordinary ids, different special tokens.
+
+    Args:
+        seed: Seed of the texts of the world of tones.
+        texts: Texts to train on in their place.
+    """
+    texts = list(world.texts(300, seed=seed)) if texts is None else texts
     return (
         tokens.train_tokenizer(texts, BPE_SIZE, tokens.TEXT_SPECIALS),
         tokens.train_tokenizer(texts, BPE_SIZE, tokens.AUDIO_SPECIALS),

@@ -64,7 +64,7 @@ def make_taught_models(folder: Path, *, seed: int, report: Report) -> dict[str, 
     text_tokenizer, audio_tokenizer = models.make_tokenizers(seed=seed)
     teacher = models.make_qwen3(folder / "teacher", tokenizer=text_tokenizer, seed=seed)
     student = models.make_qwen2_5_omni(folder / "student", tokenizer=audio_tokenizer, seed=seed)
-    with ProcessPoolExecutor(2, get_context("spawn"), _begin_lesson) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn"), begin_lesson) as pool:
         lessons = {
             "teacher": pool.submit(teach_textual_teacher, teacher, seed=seed, report=report),
             "student": pool.submit(teach_student, student, seed=seed, report=report),
@@ -89,7 +89,7 @@ def teach_textual_teacher(
     Returns:
         `accuracy`: share of 200 held-out questions answered right under greedy decoding.
     """
-    teacher, encoder = _open(folder, "text")
+    teacher, encoder = open_lesson(folder, "text")
     rng = np.random.default_rng([seed, 0])
 
     def prompt(scene: world.Scene, question: world.Question) -> list[int]:
@@ -101,14 +101,14 @@ def teach_textual_teacher(
         for _ in range(batch):
             scene, question = world.sample_question(rng, held_out=False)
             lessons.append(Example("", prompt(scene, question), encoder.target_ids(world.trace(scene, question))))
-        return _next_token_loss(teacher, encoder, lessons)
+        return next_token_loss(teacher, encoder, lessons)
 
-    _train(teacher.model.parameters(), loss, steps, rate, "teacher: traces", report)
+    train_steps(teacher.model.parameters(), loss, steps, rate, "teacher: traces", report)
     models.save_weights(teacher.model, folder)
     exam = [world.sample_question(np.random.default_rng([seed, 1, row]), held_out=True) for row in range(200)]
-    written = _write(teacher, encoder, [Example("", prompt(scene, question)) for scene, question in exam])
+    written = write_greedily(teacher, encoder, [Example("", prompt(scene, question)) for scene, question in exam])
     scores = {
-        "accuracy": _mean(_answer(text) == question.answer for text, (_, question) in zip(written, exam, strict=True))
+        "accuracy": _mean(answer_in(text) == question.answer for text, (_, question) in zip(written, exam, strict=True))
     }
     report(f"teacher: answers {scores['accuracy']:.0%} of held-out questions")
     return scores
@@ -148,7 +148,7 @@ def teach_student(
     Raises:
         KdpipeError: `folder` holds a model of another family.
     """
-    student, encoder = _open(folder, "qwen2_5_omni")
+    student, encoder = open_lesson(folder, "qwen2_5_omni")
     lessons = _listen(encoder, clips, held_out=False, seed=seed)
     rng = np.random.default_rng([seed, 2])
     torch.manual_seed(seed)
@@ -168,16 +168,18 @@ def teach_student(
             response = world.trace(clip.scene, clip.question) if asked else world.describe(clip.scene)
             example = _question(encoder, clip) if asked else _description(encoder, clip)
             examples.append(replace(example, target_ids=encoder.target_ids(response)))
-        return _next_token_loss(student, encoder, examples)
+        return next_token_loss(student, encoder, examples)
 
     tower = network.audio_tower
-    _train([*tower.parameters(), *naming.parameters()], frame_loss, frame_steps, rate, "student: tones", report)
-    _train(student.model.parameters(), text_loss, text_steps, rate, "student: texts", report)
+    train_steps([*tower.parameters(), *naming.parameters()], frame_loss, frame_steps, rate, "student: tones", report)
+    train_steps(student.model.parameters(), text_loss, text_steps, rate, "student: texts", report)
     models.save_weights(student.model, folder)
 
     exam = _listen(encoder, 100, held_out=True, seed=seed)
-    described = _write(student, encoder, [_description(encoder, clip) for clip in exam])
-    answered = [_answer(text) for text in _write(student, encoder, [_question(encoder, clip) for clip in exam])]
+    described = write_greedily(student, encoder, [_description(encoder, clip) for clip in exam])
+    answered = [
+        answer_in(text) for text in write_greedily(student, encoder, [_question(encoder, clip) for clip in exam])
+    ]
     scores = {
         "describes": _mean(text == world.describe(clip.scene) for text, clip in zip(described, exam, strict=True)),
         "accuracy": _mean(answer == clip.question.answer for answer, clip in zip(answered, exam, strict=True)),
@@ -187,7 +189,7 @@ def teach_student(
     return scores
 
 
-def _begin_lesson() -> None:
+def begin_lesson() -> None:
     """Sets up a process for one lesson, which ends when the process that asked for it does."""
     torch.set_num_threads(1)
     asker = parent_process()
@@ -200,7 +202,12 @@ def _begin_lesson() -> None:
     threading.Thread(target=end_with_asker, daemon=True).start()
 
 
-def _open(folder: Path, family: str) -> tuple[LoadedModel, Encoder]:
+def open_lesson(folder: Path, family: str) -> tuple[LoadedModel, Encoder]:
+    """Loads a miniature for training on the CPU.
+
+    Raises:
+        KdpipeError: `folder` holds a model of another family.
+    """
     found = resolve(ModelConfig(str(folder.resolve()), dtype="float32"), Path())
     if found.family != family:
         raise KdpipeError(f"{folder}: is a {found.family} model, and this lesson is for {family}. Name another folder.")
@@ -237,14 +244,14 @@ def _heard(encoder: Encoder, clip: _Clip, text: str) -> Example:
     return Example("", prompt, features=clip.features)
 
 
-def _next_token_loss(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) -> torch.Tensor:
+def next_token_loss(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) -> torch.Tensor:
     """Mean cross-entropy of the responses' tokens (nats)."""
     batch = encoder.collate(examples)
     hidden = model.hidden(batch).flatten(0, 1)[batch.response_rows]
     return functional.cross_entropy(functional.linear(hidden, model.head_weight), batch.targets)
 
 
-def _train(
+def train_steps(
     parameters: Iterable[torch.nn.Parameter],
     loss: Callable[[int], torch.Tensor],
     steps: int,
@@ -269,7 +276,7 @@ def _train(
 
 
 @torch.no_grad()
-def _write(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
+def write_greedily(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
     """Greedy responses, without the end token."""
     longest = max(example.length for example in examples)
     batch = encoder.collate(examples)
@@ -287,7 +294,8 @@ def _write(model: LoadedModel, encoder: Encoder, examples: Sequence[Example]) ->
     return encoder.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
 
 
-def _answer(text: str) -> str | None:
+def answer_in(text: str) -> str | None:
+    """What stands in the response of a trace."""
     found = _ANSWER.search(text)
     return found[1] if found else None
 

@@ -11,7 +11,7 @@ from kdpipe.data.fields import Fields, Names
 from kdpipe.data.hashing import digest, digest_bytes
 from kdpipe.data.manifest import AudioRef, Sample
 from kdpipe.stages.base import Context, StagePlan, Wanted
-from kdpipe.stages.config import ModelConfig, identity_of
+from kdpipe.stages.config import Config, ModelConfig, identity_of
 from kdpipe.stages.models.folder import resolve
 from kdpipe.stages.textualize.table import SOURCE
 
@@ -61,8 +61,11 @@ class Textualize:
 
     name: str = "textualize"
     version: int = 1
-    needs: tuple[str, ...] = ()
     whole: bool = False
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """The stages whose outputs it reads."""
+        return ()
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """One want a sample. What the manifest brings does not depend on the model that would have made it.

@@ -13,7 +13,7 @@ from kdpipe.data.manifest import Sample
 from kdpipe.stages.base import Context, StagePlan, Wanted, compare
 from kdpipe.stages.cache_teachers.requirements import requirements
 from kdpipe.stages.cache_teachers.stage import STAGE as CACHE_TEACHERS
-from kdpipe.stages.config import identity_of
+from kdpipe.stages.config import Config, identity_of
 from kdpipe.stages.environment import environment
 from kdpipe.stages.textualize.stage import SAMPLE_FIELDS, sample_fields
 from kdpipe.stages.textualize.stage import STAGE as TEXTUALIZE
@@ -47,8 +47,11 @@ class Train:
 
     name: str = "train"
     version: int = 1
-    needs: tuple[str, ...] = ("textualize", "cache-teachers")
     whole: bool = True
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """The stages whose outputs it reads."""
+        return ("textualize", "cache-teachers")
 
     def wanted(self, ctx: Context, plans: Mapping[str, StagePlan]) -> list[Wanted]:
         """One want for each training sample that nothing upstream rejected and that is not held out.

@@ -233,3 +233,27 @@ def test_recaching_changed_teachers_runs_only_what_is_stale(run):
         for name in same
     }
     assert {"targets", "acoustic"} <= sources
+
+
+def test_rows_and_another_model_are_scored_from_one_cache(run):
+    """Base, SFT and the seventh row, then a model that is nobody's student; again, and nothing is done."""
+    parts = {path.name: path.stat().st_mtime_ns for path in (run / "cache-teachers" / "parts").iterdir()}
+    weights = ("--set", "train.task_weights={digit: {sft: 0.25}}")
+    command = ("rows", "--rows", "base,sft,ours", "--seeds", "3", "--group", "hearing=digit,sound", *weights)
+    assert kdpipe(*command, "--dry-run", folder=run).count("to do") == 3
+    output = kdpipe(*command, folder=run)
+    assert "All layers + acoustic + weights by task" in output and "over SFT: hearing" in output
+    rows = {row["name"]: row for row in json.loads((run / "rows" / "results.json").read_text())["rows"]}
+    assert {name: row["seeds"] for name, row in rows.items()} == {"base": [], "sft": [3], "ours": [3]}
+    assert all(row["n"] == 5 and row["groups"]["hearing"]["n"] == 5 for row in rows.values())
+    left = {path.name: path.stat().st_mtime_ns for path in (run / "cache-teachers" / "parts").iterdir()}
+    assert parts.items() <= left.items(), "what the run had cached served the rows"
+    again = kdpipe(*command, folder=run)
+    assert again.count("fresh") == 4 and "samples to do" not in again
+
+    told = kdpipe("evaluate", "--model", str(run / "rows" / "sft" / "seed-3" / "train" / "student"), folder=run)
+    assert "train:" not in told
+    (place,) = (run / "models").iterdir()
+    answers = pq.read_table(place / "evaluate" / "predictions.parquet").to_pylist()
+    assert sorted(row["source"] for row in answers) == ["base"] * 5 + ["student"] * 5
+    status(run, 0)

@@ -78,3 +78,27 @@ def test_mistakes_are_named(tmp_path: Path, family: Miniatures, settings: dict[s
     done = _check(_run_folder(tmp_path, family, **settings))
     assert done.returncode != 0 and words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rows_of_a_benchmark_are_looked_at(tmp_path: Path, family: Miniatures) -> None:
+    folder = _run_folder(tmp_path, family)
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+    def check(**columns: str) -> subprocess.CompletedProcess[str]:
+        rows[2] |= columns
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return _check(folder)
+
+    assert "benchmark 'mine': 1 samples, not known, scored as any others" in check(benchmark="mine").stdout
+    done = check(benchmark="mmau")
+    assert done.returncode == 2 and "its column `item` does not hold the benchmark's item" in done.stderr
+    item = json.dumps({"question": "how many?", "choices": ["1", "2"], "answer": "1"})
+    assert "benchmark 'mmau': 1 samples, scored as MMAU" in check(item=item).stdout
+
+
+def test_without_training_no_training_split_is_needed(tmp_path: Path, family: Miniatures) -> None:
+    model = {"path": str(family.qwen2_audio), "dtype": "float32"}
+    folder = _run_folder(tmp_path, family, data={"train_split": "none"}, evaluate={"model": model})
+    done = _check(folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "evaluate.model: " in done.stdout

@@ -76,8 +76,12 @@ OTHER: dict[str, Any] = {
     "train.freeze": ("audio_tower",),
     "train.lora.targets": ("q_proj",),
     "train.log_to": ("tensorboard",),
+    "evaluate.model": ModelConfig("models/student-other", dtype="float32"),
 }
 """Values for fields that no rule gives another value of."""
+
+LEFT_OUT = {"evaluate.model"}
+"""Sections that the run does not have: each is changed as a whole."""
 
 INACTIVE = "nothing here"
 
@@ -88,7 +92,7 @@ def fields(section: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     for field in dataclasses.fields(section):
         hint, name = hints[field.name], f"{prefix}{field.name}"
         kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
-        if kinds and typing.get_origin(hint) is not Mapping:
+        if kinds and typing.get_origin(hint) is not Mapping and name not in LEFT_OUT:
             yield from fields(typing.cast(type, kinds[0]), f"{name}.")
         else:
             yield name, hint, bool(field.metadata.get("execution"))

@@ -84,10 +84,10 @@ ASKER = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from kdpipe.stages.miniature.teach import _begin_lesson
+from kdpipe.stages.miniature.teach import begin_lesson
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(1, get_context("spawn"), _begin_lesson) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_lesson) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 300).result()
 """

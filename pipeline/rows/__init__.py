@@ -1,0 +1,1 @@
+"""`kdpipe rows`: the rows of the paper's table, and one of our own, from one configuration and one cache."""
