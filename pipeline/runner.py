@@ -55,13 +55,19 @@ class Request:
     config_file: Path
     overrides: tuple[str, ...] = ()
 
-    def context(self) -> Context:
+    def context(self, earlier: Context | None = None) -> Context:
         """Loads the configuration anew.
+
+        Args:
+            earlier: a context whose manifest is taken over while its file stands.
 
         Raises:
             ConfigError: all its mistakes.
         """
-        return Context(load_config(self.config_file, self.overrides), self.config_file.resolve().parent)
+        ctx = Context(load_config(self.config_file, self.overrides), self.config_file.resolve().parent)
+        if earlier is not None:
+            ctx.take_manifest(earlier)
+        return ctx
 
 
 def of_model(request: Request, model: str) -> Request:
@@ -116,9 +122,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
     ran = False
     with hold([ctx.run_folder, ctx.cache_folder]) as locks:
         clean_tmp(ctx)
-        now = request.context()
-        now.take_manifest(ctx)
-        last = look(now, target)
+        last = look(request.context(ctx), target)
         for name in needed:
             plan = last.plans[name]
             if STAGES[name].whole:
