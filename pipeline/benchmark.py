@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,14 @@ def write_manifest(name: str, source: Path, audio: Path, output: Path, *, force:
     if imported.missing:
         missing = list(dict.fromkeys(imported.missing))
         lines.append(
-            f"Missing clips below {audio}: {len(missing)}. Evaluate rejects their rows ({len(imported.missing)}), and "
-            f"the strict score counts them as wrong: {_some(missing)}"
+            f"Missing clips below {audio}: {len(missing)}. Evaluate rejects their rows ({len(imported.missing)}), for "
+            "which data.max_reject_fraction must have room, and the strict score counts them as wrong: "
+            f"{_some(missing)}"
         )
     lines += [f"{note[:1].upper()}{note[1:]}." for note in imported.notes]
     if any(_is_outside(row["audio"], folder) for row in rows):
         lines.append("The clips lie outside the manifest's folder: set `data.allow_outside: true`.")
-    lines.append(f"Next: set `data.manifest: {output}` and `data.eval_split: test`, then run `kdpipe evaluate`.")
+    lines.append(f"Next: `kdpipe evaluate --model train/student --manifest {shlex.quote(str(output))} --split test`.")
     return lines
 
 
@@ -122,6 +124,8 @@ def _write(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"), output.absolute().parent)
     except OSError as error:
         raise ConfigError([f"-o {output}: cannot be written ({error.strerror})."]) from None
+    except UnicodeEncodeError:
+        raise ConfigError(["--audio: a path is no valid Unicode, which a manifest cannot hold; rename it."]) from None
 
 
 def _relative(clip: str, folder: Path) -> str:

@@ -97,12 +97,12 @@ def _quoted(text: str) -> str:
     """A text as `--set` reads it, whatever is in it."""
     import json
 
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)
 
 
 @main.command()
 @click.argument("file", default="kdpipe.yaml", type=click.Path(path_type=Path))
-@click.option("--recipe", default="acoustic", show_default=True, help="One of the paper's settings; see below.")
+@click.option("--recipe", default="acoustic", show_default=True, help="One of those above.")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 def init(file: Path, recipe: str, force: bool) -> None:
     """Write a commented starter configuration to FILE.
@@ -244,6 +244,11 @@ def evaluate(
         click.echo(f"Scoring {_printable(model)} in {_printable(str(request.context().run_folder))}")
         overrides = request.overrides
     _bring(config_file, overrides, "evaluate", only=only, dry_run=dry_run)
+    if model is not None and not dry_run:
+        from kdpipe.pipeline.derived import write_configuration
+
+        written = write_configuration(request_of(config_file, overrides))
+        click.echo(f"Look at it by `kdpipe report -c {shlex.quote(str(written))}`.")
 
 
 @main.command()

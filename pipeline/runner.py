@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from kdpipe.data.errors import KdpipeError, RejectBudgetError, StaleError
+from kdpipe.data.errors import ConfigError, KdpipeError, RejectBudgetError, StaleError
 from kdpipe.data.files import remove
 from kdpipe.data.hashing import digest
 from kdpipe.pipeline.check import check
@@ -75,24 +75,26 @@ def of_model(request: Request, model: str) -> Request:
 
     Args:
         request: configuration file and overrides.
-        model: a folder (relative to the working directory) or a hub name.
+        model: a folder, relative to the working directory or else to the configuration's, or a hub name.
 
     Raises:
-        ConfigError: all mistakes of the configuration.
+        ConfigError: all mistakes of the configuration, or no model is named.
     """
+    if not model.strip():
+        raise ConfigError(["--model: names no model; give a folder or a hub name"])
     ctx = request.context()
-    folder = Path(model)
+    folder = Path(model) if Path(model).is_dir() else ctx.base / model
     name = str(folder.resolve()) if folder.is_dir() else model
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip(".-") or "model"
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip(".-")[:60] or "model"
     place = ctx.run_folder / "models" / f"{slug}-{digest(name)[:8]}"
+    others = [text for text in request.overrides if text.startswith("evaluate.model.")]
     values = {
-        "evaluate.model.path": name,
-        "evaluate.model.dtype": ctx.config.student.model.dtype,
+        "evaluate.model": {"path": name, "dtype": ctx.config.student.model.dtype},  # nothing of another model's
         "run.folder": str(place),
         "run.cache": str(ctx.cache_folder),
     }
-    settings = (f"{key}={json.dumps(value)}" for key, value in values.items())
-    return Request(request.config_file, (*request.overrides, *settings))
+    settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return Request(request.config_file, (*request.overrides, *settings, *others))
 
 
 def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bool:
@@ -146,6 +148,7 @@ def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bo
                 )
         if target == "evaluate" and not assembled(ctx):
             assemble(ctx)
+            ran = True
         last = last.completed()
         write_lock_file(last.ctx, last.plans)
         last.keep(done=needed)
@@ -193,24 +196,25 @@ def _check_budget(ctx: Context, plan: StagePlan) -> None:
 def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
     command = [sys.executable, "-P", "-m", "kdpipe.pipeline.worker", name, str(request.config_file), *request.overrides]
     process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
+    came: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         # The stage takes a SIGINT that a terminal has sent to it as well for the same one.
-        if process is None:
-            early.append(number)
-        else:
+        came.append(number)
+        if process is not None:
             process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
-        for number in early:
+        for number in came:
             process.send_signal(number)
         code = process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if not code and came:  # it came when the stage was done, but the next one is not to begin
+        code = 128 + came[0]
     if code:
         raise StageFailed(name, code if code > 0 else 128 - code)
 

@@ -11,7 +11,7 @@ from kdpipe.pipeline.report.charts import Chart, Point, Series, line_chart
 from kdpipe.pipeline.report.values import mapping, mappings, number, short
 from kdpipe.stages.base import Context
 
-_LAYERED = re.compile(r"(layer|acoustic)/(\d+)")
+_LAYERED = re.compile(r"(layer|acoustic)/(\d{1,6})")
 _TERMS = {
     "top": "Textual teacher, last layer",
     "layer": "Textual teacher, inner layers",

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from kdpipe.data.errors import KdpipeError
 from kdpipe.data.files import write_atomically
 from kdpipe.pipeline.report import accuracy, examples, flow, losses, rows, tokens
-from kdpipe.pipeline.report.reading import ROWS, NotThere, made_files, read_metrics_lines, read_scores
+from kdpipe.pipeline.report.reading import ROWS, NotThere, made_files, read_metrics_lines, read_scores, unread_metrics
 from kdpipe.pipeline.report.values import cut, visible
 from kdpipe.pipeline.runner import Request
 from kdpipe.pipeline.unforeseen import of_the_system
@@ -99,10 +99,10 @@ def _refuse_output(output: Path, force: bool) -> None:
         raise KdpipeError(f"-o {output}: the folder {folder} does not exist. Make it first, or name another place.")
     if output.is_dir():
         raise KdpipeError(f"-o {output}: is a folder. Name a file, such as {output / 'report.html'}.")
+    if output.exists() and not output.is_file():
+        raise KdpipeError(f"-o {output}: is no ordinary file. Name another place.")
     if force or not output.exists():
         return
-    if not output.is_file():
-        raise KdpipeError(f"-o {output}: is no ordinary file. Name another place.")
     with output.open("rb") as file:
         if MARK.encode() not in file.read(_BEGINNING):
             raise KdpipeError(f"-o {output}: is there and is no page of kdpipe's. Name another file, or use --force.")
@@ -119,7 +119,7 @@ def gather(ctx: Context, config_file: Path, rows_file: Path | None, *, audio: bo
         "head": _head(ctx, config_file, rows_file),
         "result": "" if scores.value is None else accuracy.sentence(scores.value),
         "flow": _part(lambda: flow.flow(ctx)),
-        "charts": _follow(lines, lambda found: losses.loss_charts(ctx, found)),
+        "charts": _charts(ctx, lines),
         "tables": score_tables,
         "differences": None if first is None else accuracy.difference_plot(first.rows),
         "benchmarks": [] if scores.value is None else accuracy.benchmarks(scores.value),
@@ -133,6 +133,14 @@ def gather(ctx: Context, config_file: Path, rows_file: Path | None, *, audio: bo
         "levels": [words for _, words in tokens.LEVELS],
         "audio": audio,
     }
+
+
+def _charts(ctx: Context, lines: Part[list[dict[str, Any]]]) -> Part[Any]:
+    """The curves, with what is to be said of a file that is damaged further on."""
+    charts = _follow(lines, lambda found: losses.loss_charts(ctx, found))
+    if lines.value is None or charts.value is None:
+        return charts
+    return Part(charts.value, unread_metrics(ctx, lines.value))
 
 
 def _follow(part: Part[T], make: Callable[[T], Any]) -> Part[Any]:
@@ -160,8 +168,20 @@ def _head(ctx: Context, config_file: Path, rows_file: Path | None) -> list[tuple
     weights = config.train.weights
     named = {name: getattr(weights, name) for name in ("top", "layer", "acoustic", "acoustic_top", "sft")}
     told.append(("weights of the loss", ", ".join(f"{name} {value:g}" for name, value in named.items() if value)))
+    told.append(("made with this configuration", _made_so(ctx)))
     newest = max(path.stat().st_mtime for path in made_files(ctx, rows_file))
     return [*told, ("last result written", _time(newest)), ("page written", _time(time.time()))]
+
+
+def _made_so(ctx: Context) -> str:
+    """Whether what is shown was made with the configuration that is named, as far as it is known."""
+    from kdpipe.pipeline.recall import recall
+
+    recalled = recall(ctx)
+    if recalled is None:
+        return "not known: something changed since kdpipe last looked, or it never did; `kdpipe status` looks"
+    other = [status.name for status in recalled.statuses if status.state != "fresh"]
+    return f"no, not all: {', '.join(other)} not fresh; `kdpipe status` says why" if other else "yes"
 
 
 def _time(seconds: float) -> str:

@@ -171,6 +171,16 @@ def read_metrics_lines(ctx: Context) -> list[dict[str, Any]]:
     return lines
 
 
+def unread_metrics(ctx: Context, lines: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be said where the file goes on after the lines that could be read, or ends within one."""
+    path = ctx.folder("train") / "metrics.jsonl"
+    with path.open("rb") as file:
+        written = sum(1 for line in file if line.strip())
+    if written <= len(lines):
+        return ""
+    return f"{path}: line {len(lines) + 1} is no line of metrics; what was written from there on is not shown."
+
+
 def read_ledger(ctx: Context, stage: str) -> Ledger:
     """What a stage has written down.
 

@@ -14,7 +14,13 @@ from kdpipe.pipeline.options import request_of, with_config
 @with_config
 @click.option("--rows", "names", metavar="ROW,ROW", help="Rows of the table; all of them unless given.")
 @click.option("--seeds", default="0,1,2", show_default=True, metavar="SEED,SEED", help="Values of train.seed.")
-@click.option("--group", "groups", multiple=True, metavar="NAME=TASK,TASK", help="Tasks that are counted together.")
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    metavar="NAME=TASK,TASK",
+    help="Tasks that are counted together; else as before.",
+)
 @click.option("--dry-run", is_flag=True, help="Print which students are there and which would be made.")
 def rows(
     config_file: Path,
@@ -41,26 +47,31 @@ def rows(
     """
     from kdpipe.data.files import write_atomically
     from kdpipe.pipeline.rows import run
-    from kdpipe.pipeline.rows.definition import ROWS, choose
+    from kdpipe.pipeline.rows.definition import NO_TASK_WEIGHTS, ROWS, choose
     from kdpipe.pipeline.rows.results import markdown, table
     from kdpipe.pipeline.runner import StageFailed
 
     request = request_of(config_file, overrides)
     chosen = choose(_words(names) if names is not None else list(ROWS))
-    numbers = _seeds(seeds)
+    if names is None and not request.context().config.train.task_weights:
+        chosen = [row for row in chosen if not row.by_task]
+        click.echo(f"Without row ours: {NO_TASK_WEIGHTS}")
+    numbers, parted = _seeds(seeds), _groups(groups)
     if dry_run:
-        for line in run.dry_run(request, chosen, numbers):
+        for line in run.dry_run(request, chosen, numbers, parted):
             click.echo(line)
         return
     try:
-        found = run.run_rows(request, chosen, numbers, _groups(groups))
+        found = run.run_rows(request, chosen, numbers, parted)
     except StageFailed as failure:
         if failure.code not in (2, 130):
             click.echo(f"Error: {failure}.", err=True)
         click.echo("What is done is kept; the same command goes on.", err=True)
         sys.exit(failure.code)
     folder = run.folder_of(request.context())
-    write_atomically(folder / "table.md", lambda path: path.write_text(markdown(found)), folder.parent / "tmp")
+    write_atomically(
+        folder / "table.md", lambda path: path.write_text(markdown(found), encoding="utf-8"), folder.parent / "tmp"
+    )
     click.echo()
     for line in table(found):
         click.echo(line)
@@ -92,5 +103,5 @@ def _groups(texts: tuple[str, ...]) -> dict[str, list[str]]:
             raise ConfigError([f"--group {text!r}: write NAME=TASK,TASK"])
         if name in groups or name == "all":
             raise ConfigError([f"--group {name}: is given twice, or is the group of all tasks; choose another name"])
-        groups[name] = _words(tasks)
+        groups[name] = list(dict.fromkeys(_words(tasks)))
     return groups

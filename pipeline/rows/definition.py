@@ -54,6 +54,11 @@ _ROWS = (
     Row("acoustic", "All layers + acoustic + SFT", ("top", "layer", "acoustic", "sft"), "all"),
     Row("ours", "All layers + acoustic + weights by task", TERMS, "all", by_task=True),
 )
+NO_TASK_WEIGHTS = (
+    "needs train.task_weights, other weights for the samples of some tasks (docs/training.md, Weights by task); set "
+    "them, as in `kdpipe init --recipe ours`"
+)
+
 ROWS: Mapping[str, Row] = {row.name: row for row in _ROWS}
 """By name, in the order of the table."""
 
@@ -80,10 +85,7 @@ def refuse_missing_weights(config: Config, rows: Iterable[Row]) -> None:
     problems = []
     for row in rows:
         if row.by_task and not config.train.task_weights:
-            problems.append(
-                f"row {row.name}: needs train.task_weights, the weights of each task's samples that differ (see "
-                f"docs/experiments.md); set them, or leave the row out with --rows"
-            )
+            problems.append(f"row {row.name}: {NO_TASK_WEIGHTS}, or leave the row out with --rows")
             continue
         sizes = dataclasses.asdict(config.train.weights)
         needed = set(row.terms) - {"acoustic_top"}
@@ -109,7 +111,8 @@ def settings(config: Config, row: Row, seed: int, folder: Path, cache: Path) -> 
     places = {"run.folder": str(folder), "run.cache": str(cache), "evaluate.base": False}
     if not row.trains:
         return _texts(places | {"evaluate.model": dataclasses.asdict(config.student.model)})
-    return _texts(places | {"train.seed": seed} | _objective(config, row.terms, row.mode, by_task=row.by_task))
+    own = {"evaluate.model": None, "train.seed": seed}
+    return _texts(places | own | _objective(config, row.terms, row.mode, by_task=row.by_task))
 
 
 def widest(config: Config, rows: Iterable[Row]) -> tuple[str, ...]:
@@ -117,7 +120,8 @@ def widest(config: Config, rows: Iterable[Row]) -> tuple[str, ...]:
     trained = [row for row in rows if row.trains]
     terms = [term for term in TERMS if any(term in row.terms for row in trained)]
     mode = max((row.mode for row in trained), key=_MODES.index, default="top")
-    return _texts(_objective(config, terms, mode, by_task=any(row.by_task for row in trained)))
+    by_task = any(row.by_task for row in trained)
+    return _texts({"evaluate.model": None} | _objective(config, terms, mode, by_task=by_task))
 
 
 def _objective(config: Config, terms: Sequence[str], mode: str, *, by_task: bool) -> dict[str, Any]:
@@ -131,4 +135,4 @@ def _objective(config: Config, terms: Sequence[str], mode: str, *, by_task: bool
 
 
 def _texts(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
+    return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items())

@@ -51,7 +51,8 @@ def read_correct(predictions: Path) -> dict[str, bool]:
         table = pq.read_table(predictions, columns=["id", "source", "correct"]).to_pylist()
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         raise KdpipeError(
-            f"{predictions}: cannot be read ({error}). Remove the folder it is in and run `kdpipe rows` again."
+            f"{predictions}: cannot be read ({error}). Remove this file and run `kdpipe rows` again: it "
+            "is made anew from the answers."
         ) from None
     return {row["id"]: row["correct"] for row in table if row["source"] == "student" and row["correct"] is not None}
 
@@ -161,15 +162,29 @@ def table(found: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The results as a Markdown table in the paper's form: a row a row, a column a group, then a column a task."""
+    """The results in the paper's form, as Markdown: by group and task, then differences from base and SFT by group."""
     rows = found["rows"]
     groups, tasks = (list(rows[0][kind]) for kind in ("groups", "tasks"))
-    lines = ["| row | " + " | ".join([*groups, *tasks]) + " |", "|---" * (1 + len(groups) + len(tasks)) + "|"]
+    lines = _head(["row", "seeds", *groups, *tasks])
     for row in rows:
-        cells = [_share(row["groups"].get(group)) for group in groups]
-        cells += [f"{100 * row['tasks'][task]['accuracy']:.1f}" if task in row["tasks"] else "-" for task in tasks]
-        lines.append(f"| {row['title']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [
+            _share(row[kind].get(name)) for kind, names in (("groups", groups), ("tasks", tasks)) for name in names
+        ]
+        lines.append(_line([row["title"], str(len(row["seeds"]) or "-"), *cells]))
+    for other, name in (("base", "the untouched student"), ("sft", "SFT only")):
+        if any(other in row["against"] for row in rows):
+            lines += ["", f"Difference from {name}, in percentage points:", "", *_head(["row", *groups])]
+            against = [(row["title"], row["against"][other]) for row in rows if other in row["against"]]
+            lines += [_line([title, *(_gain(one.get(group)) for group in groups)]) for title, one in against]
+    return "\n".join([*lines, "", "Percent of questions, with 95 % intervals over questions and seeds."]) + "\n"
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), "|" + "---|" * len(names)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _share(found: Mapping[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import click
 
 from kdpipe.data.errors import ConfigError, KdpipeError
 from kdpipe.data.files import write_json
+from kdpipe.pipeline.check import check
+from kdpipe.pipeline.derived import write_configuration
 from kdpipe.pipeline.recall import look, recall
 from kdpipe.pipeline.rows.definition import ROWS, Row, refuse_missing_weights, settings, widest
 from kdpipe.pipeline.rows.results import Answered, read_correct, results
@@ -68,10 +71,11 @@ def run_rows(
         request: the configuration that the rows are changes of.
         rows: which.
         seeds: values of `train.seed`.
-        groups: tasks by the name of their group.
+        groups: tasks by the name of their group; none: those of the results that are there.
 
     Returns:
-        What stands in `rows/results.json`; see `kdpipe.pipeline.rows.results.results`.
+        What stands in `rows/results.json`: what `kdpipe.pipeline.rows.results.results` gives, the `split` and
+        `group_tasks`, the groups.
 
     Raises:
         ConfigError: a row cannot be had from this configuration.
@@ -91,10 +95,27 @@ def run_rows(
         click.echo(f"\n== {student} ({number} of {len(wanted)}) ==")
         if not bring_up_to_date(student.request, "evaluate"):
             click.echo("fresh")
-    found = results(list(_answered(request, ctx, wanted)), ctx.samples(ctx.config.data.eval_split), groups)
-    folder = folder_of(ctx)
-    write_json(folder / "results.json", found, ctx.run_folder / "tmp")
+        write_configuration(student.request)
+    file = folder_of(ctx) / "results.json"
+    split = ctx.config.data.eval_split
+    groups = groups or _earlier_groups(ctx, file)
+    found = results(list(_answered(request, ctx, wanted)), ctx.samples(split), groups)
+    found |= {"split": split, "group_tasks": {name: list(tasks) for name, tasks in groups.items()}}
+    write_json(file, found, ctx.run_folder / "tmp")
     return found
+
+
+def _earlier_groups(ctx: Context, file: Path) -> Mapping[str, Sequence[str]]:
+    """The groups of the results that are there, where they are of the same split and its tasks."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        groups = found["group_tasks"] if found["split"] == ctx.config.data.eval_split else {}
+        if not all(isinstance(tasks, list) for tasks in groups.values()):
+            return {}
+        refuse_unknown_tasks(ctx, groups)
+        return groups
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def refuse_unknown_tasks(ctx: Context, groups: Mapping[str, Sequence[str]]) -> None:
@@ -117,11 +138,11 @@ def refuse_unknown_tasks(ctx: Context, groups: Mapping[str, Sequence[str]]) -> N
 
 def is_fresh(student: Student) -> bool:
     """Whether its answers are there and up to date."""
-    ctx = student.request.context()
     try:
+        ctx = student.request.context()
         recalled = recall(ctx)
         statuses = look(ctx).keep() if recalled is None else recalled.statuses
-    except KdpipeError:
+    except (KdpipeError, OSError):
         return False
     return all(status.state == "fresh" for status in statuses if status.name in _needed(student))
 
@@ -139,10 +160,14 @@ def _answered(request: Request, ctx: Context, made: Sequence[Student]) -> Iterat
                 student = _student(request, ctx, row, seed)
                 try:
                     refuse_missing_weights(ctx.config, [row])
-                except ConfigError:
-                    continue
-                if is_fresh(student):
-                    correct[seed] = read_correct(_predictions(student))
+                    fresh = is_fresh(student)
+                    if fresh:
+                        correct[seed] = read_correct(_predictions(student))
+                except KdpipeError as error:
+                    click.echo(printable(f"Left out of the table: {student}: {error}"))
+                else:
+                    if not fresh:
+                        click.echo(f"Left out of the table, not fresh under this configuration: {student}")
         if correct:
             yield Answered(row, correct)
 
@@ -152,20 +177,25 @@ def _predictions(student: Student) -> Path:
 
 
 def _others(folder: Path, row: Row) -> list[int]:
+    """Seeds of which there is a folder."""
     if not row.trains:
         return [0] if folder.is_dir() else []
-    names = [path.name.removeprefix("seed-") for path in folder.glob("seed-*")]
-    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+    names = [path.name.removeprefix("seed-") for path in folder.glob("seed-*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 19)
 
 
-def dry_run(request: Request, rows: Sequence[Row], seeds: Sequence[int]) -> list[str]:
-    """What `run_rows` would do, a line a student.
+def dry_run(
+    request: Request, rows: Sequence[Row], seeds: Sequence[int], groups: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """What `run_rows` would do, a line a student, after the same checks.
 
     Raises:
         ConfigError: a row cannot be had from this configuration.
     """
     ctx = request.context()
     refuse_missing_weights(ctx.config, rows)
+    refuse_unknown_tasks(ctx, groups)
+    check(ctx)
     wanted = students(request, ctx, rows, seeds)
     width = max(len(str(student)) for student in wanted)
     lines = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.data.errors import StoreError
-from kdpipe.data.files import write_atomically, write_json
+from kdpipe.data.files import remove, write_atomically, write_json
 from kdpipe.data.hashing import digest
 from kdpipe.data.ledger import Ledger
 from kdpipe.data.manifest import Sample
@@ -59,7 +59,7 @@ def assembled(ctx: Context) -> bool:
     folder = ctx.folder(STAGE.name)
     try:
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     made_from = scores.get("made_from") if isinstance(scores, dict) else None
     return (folder / "predictions.parquet").exists() and made_from == _made_from(ctx, ctx.ledger(STAGE.name))
@@ -126,6 +126,7 @@ def assemble(ctx: Context) -> dict[str, Any]:
     write_json(ledger.folder / "scores.json", scores, tmp)
     for line in report(scores):
         ctx.say(line)
+    ctx.say(f"Wrote scores.json, predictions.parquet and forgotten.jsonl in {ledger.folder}")
     return scores
 
 
@@ -159,10 +160,13 @@ def _benchmarks(
     for sample in samples:
         if sample.extra and (name := sample.extra.get("benchmark")) is not None:
             of_benchmark.setdefault(str(name), []).append(sample)
-    if not of_benchmark:
-        return {}
     from kdpipe.stages.evaluate.benchmarks import BENCHMARKS, item_of
 
+    for earlier in folder.glob("*"):
+        if earlier.name in BENCHMARKS and earlier.name not in of_benchmark:
+            remove(earlier)
+    if not of_benchmark:
+        return {}
     found: dict[str, Any] = {}
     for name, its in of_benchmark.items():
         if (benchmark := BENCHMARKS.get(name)) is None:

@@ -116,10 +116,10 @@ def by_columns(samples: Mapping[str, Sample], records: Mapping[str, Sequence[Rec
                 continue
             for column in COLUMNS:
                 value = extra.get(column)
-                for one in value if isinstance(value, list) else [value]:
-                    if one not in (None, ""):
-                        by_value = parted.setdefault(column, {})
-                        by_value.setdefault(str(one), {}).setdefault(source, []).append(record)
+                values = value if isinstance(value, list) else [value]
+                for one in dict.fromkeys(str(one) for one in values if one not in (None, "")):
+                    by_value = parted.setdefault(column, {})
+                    by_value.setdefault(one, {}).setdefault(source, []).append(record)
     return {
         column: {
             value: {source: count(answers) for source, answers in by_source.items()}
@@ -167,7 +167,7 @@ def report(scores: Mapping[str, Any]) -> list[str]:
         shown = [_percent(cell) for cell in cells] + ([_difference(pair)] if pair else [])
         lines.append(f"{task:<{width}}  {number:>6}  " + "  ".join(shown))
     if pair := paired.get("all"):
-        lines.append(f"{pair['gained']} gained, {pair['forgotten']} forgotten (evaluate/forgotten.jsonl)")
+        lines.append(f"{pair['gained']} gained, {pair['forgotten']} forgotten")
     for name, by_source in scores.get("benchmarks", {}).items():
         for source, found in by_source.items():
             parts = [f"{kind} {_score(found[kind])}" for kind in ("official", "strict")]
@@ -200,4 +200,4 @@ def _difference(pair: Mapping[str, Any]) -> str:
 
 
 def _score(found: Mapping[str, Any]) -> str:
-    return f"{'-' if found['score'] is None else format(100 * found['score'], '.2f')} of {found['n']}"
+    return f"{'-' if found['score'] is None else format(100 * found['score'], '.2f') + ' %'} of {found['n']}"

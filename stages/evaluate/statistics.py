@@ -6,7 +6,7 @@ Legend: S runs (seeds), N questions, U patterns, B resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,29 +75,6 @@ def mean_interval(values_SN: np.ndarray, lowest: float = 0.0) -> Estimate | None
         means_BS = np.take_along_axis(means_BS, drawn_BS, axis=1)
     low, high = np.quantile(means_BS.mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(mean, float(low), float(high), n)
-
-
-def recall_interval(correct: Sequence[bool], classes: Sequence[str]) -> Estimate | None:
-    """Unweighted accuracy, the mean recall over classes, with the bootstrap interval of each class resampled by itself.
-
-    Args:
-        correct: of each question.
-        classes: its right answer.
-
-    Returns:
-        None without questions.
-    """
-    by_class: dict[str, list[bool]] = {}
-    for right, name in zip(correct, classes, strict=True):
-        by_class.setdefault(name, []).append(right)
-    if not by_class:
-        return None
-    rng = np.random.default_rng(_SEED)
-    means = np.array([np.mean(answers) for answers in by_class.values()])
-    sizes = np.array([len(answers) for answers in by_class.values()])
-    drawn_B = (rng.binomial(sizes, means, size=(RESAMPLES, len(sizes))) / sizes).mean(axis=1)
-    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(means.mean()), float(low), float(high), int(sizes.sum()))
 
 
 def mcnemar(gained: int, forgotten: int) -> float:

@@ -254,6 +254,12 @@ def test_rows_and_another_model_are_scored_from_one_cache(run):
     told = kdpipe("evaluate", "--model", str(run / "rows" / "sft" / "seed-3" / "train" / "student"), folder=run)
     assert "train:" not in told
     (place,) = (run / "models").iterdir()
+    assert f"kdpipe report -c {place / 'kdpipe.yaml'}" in told
+    for made in ("rows/ours/seed-3", str(place.relative_to(run))):
+        stages = json.loads(
+            kdpipe("status", "--json", "-c", f"{made}/kdpipe.yaml", folder=run, code=0 if "rows" in made else 1)
+        )
+        assert {stage["name"]: stage["state"] for stage in stages["stages"]}["evaluate"] == "fresh"
     answers = pq.read_table(place / "evaluate" / "predictions.parquet").to_pylist()
     assert sorted(row["source"] for row in answers) == ["base"] * 5 + ["student"] * 5
     status(run, 0)

@@ -57,8 +57,8 @@ def test_import_writes_a_manifest_that_can_be_loaded(published):
     assert (
         "3 questions of MELD" in text
         and "Missing clips below" in text
-        and ": 1. Evaluate rejects their rows (1)" in text
-        and "eval_split: test" in text
+        and ": 1. Evaluate rejects their rows (1), for which" in text
+        and "kdpipe evaluate --model train/student --manifest" in text
     )
     assert "\x1b" not in text and "allow_outside" not in text
     manifest = load_manifest(output)

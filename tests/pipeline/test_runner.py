@@ -15,7 +15,7 @@ import soundfile
 from kdpipe.data.errors import ConfigError, RejectBudgetError, StaleError
 from kdpipe.pipeline import runner
 from kdpipe.pipeline.plan import make_plans, status_of
-from kdpipe.pipeline.runner import Request, StageFailed, _check_budget, bring_up_to_date
+from kdpipe.pipeline.runner import Request, StageFailed, _check_budget, bring_up_to_date, of_model
 from kdpipe.stages.base import StagePlan, Wanted
 
 TRACE = (
@@ -197,3 +197,32 @@ def test_a_budget_that_is_just_reached_is_kept(tmp_path, family, rejected: int, 
     _check_budget(ctx, plan(rejected))
     with pytest.raises(RejectBudgetError, match=f"{rejected + 1} of {total} samples were rejected"):
         _check_budget(ctx, plan(rejected + 1))
+
+
+def test_an_interruption_of_a_stage_that_ends_well_stops_the_run(tmp_path, family, monkeypatch):
+    """As when it comes while the stage is leaving: the next stage is not to begin."""
+    program = (
+        "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT); "
+        "time.sleep(1)"
+    )
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", program], **rest)
+    )
+    with pytest.raises(StageFailed) as failed:
+        runner._run_stage(build(tmp_path, family), "textualize", [])
+    assert failed.value.code == 130
+
+
+def test_another_model_takes_nothing_of_the_one_in_the_configuration(tmp_path, family):
+    request = build(tmp_path, family)
+    told = ("evaluate.model={path: org/A, revision: abc, trust_remote_code: true}",)
+    model = of_model(Request(request.config_file, told), "org/B 😀").context().config.evaluate.model
+    assert (model.path, model.revision, model.trust_remote_code, model.dtype) == ("org/B 😀", None, False, "float32")
+    asked = Request(request.config_file, ("evaluate.model.dtype=bfloat16",))
+    assert of_model(asked, "org/B").context().config.evaluate.model.dtype == "bfloat16"
+    (tmp_path / "student").mkdir()
+    folders = {of_model(request, name).context().run_folder for name in ("student", str(tmp_path / "student"))}
+    assert len(folders) == 1 and folders.pop().parent == tmp_path / "models"
+    with pytest.raises(ConfigError, match="names no model"):
+        of_model(request, " ")

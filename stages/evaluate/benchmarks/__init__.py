@@ -50,7 +50,8 @@ def item_of(value: Any, name: str) -> Mapping[str, Any]:
     """
     try:
         item = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        json.dumps(item)  # it is written again, into the official file
+    except (TypeError, ValueError, RecursionError):
         item = None
     if not isinstance(item, Mapping):
         raise KdpipeError(

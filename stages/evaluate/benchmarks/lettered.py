@@ -38,7 +38,7 @@ def _air_bench_rows(items: Sequence[tuple[str, dict[str, Any]]], problems: Probl
     for number, (where, item) in enumerate(items, 1):
         fields = Fields(where, item, problems)
         task, dataset, path = fields.text("task_name"), fields.text("dataset_name"), clip_name(fields.text("path"))
-        names = (f"{path[:-3]}flac", path) if task == "Audio_Grounding" else (path,)
+        names = (f"{path.removesuffix('.wav')}.flac", path) if task == "Audio_Grounding" else (path,)
         rows.append(
             _row(
                 fields,

@@ -62,7 +62,8 @@ def _rows(
 
 def _reference(item: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     answer, choices = item.get("answer"), tuple(str(choice) for choice in item["choices"])
-    return (str(answer) if answer not in (None, "") else None), choices
+    text = "" if answer is None else str(answer)
+    return (text if text.strip() else None), choices
 
 
 def _mmau_file(pairs: Pairs) -> bytes:

@@ -90,8 +90,12 @@ def test_a_damaged_file_is_named_in_its_place(run: Path, file: str, section: str
 
 def test_torn_metrics_are_shown_up_to_there_and_others_are_refused(run: Path):
     file = run / "train" / "metrics.jsonl"
-    cut(file)
-    assert page_of(run).sections["losses"].all("figure")
+    text = file.read_text()
+    number = len(text[: len(text) // 2].splitlines())
+    file.write_text(text[: len(text) // 2 - 5])
+    losses = page_of(run).sections["losses"]
+    assert losses.all("figure")
+    assert f"metrics.jsonl: line {number} is no line of metrics" in troubles(losses, "problem")[0]
     garble(file)
     (problem, *_) = troubles(page_of(run, 2).sections["losses"], "problem")
     assert "metrics.jsonl: its first line is no line of metrics" in problem

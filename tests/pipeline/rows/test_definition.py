@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from kdpipe.data.errors import ConfigError
 from kdpipe.pipeline.config import load_config
-from kdpipe.pipeline.rows.definition import ROWS, choose, refuse_missing_weights, settings, widest
+from kdpipe.pipeline.derived import write_configuration
+from kdpipe.pipeline.rows.definition import NO_TASK_WEIGHTS, ROWS, choose, refuse_missing_weights, settings, widest
+from kdpipe.pipeline.runner import Request
 from kdpipe.pipeline.starter import RECIPES
 
 CONFIG = """\
@@ -39,13 +42,13 @@ def test_the_rows_are_those_of_the_paper_and_one_more():
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.trains])
 def test_a_row_turns_terms_off_and_leaves_weights_as_they_are(file, tmp_path, name):
     config, row = load_config(file), ROWS[name]
-    changed = load_config(file, settings(config, row, 3, tmp_path / "r o'w", tmp_path))
+    changed = load_config(file, ["evaluate.model=other", *settings(config, row, 3, tmp_path / "r o'w 😀", tmp_path)])
     for term in ("top", "layer", "acoustic", "sft"):
         assert getattr(changed.train.weights, term) == (getattr(config.train.weights, term) if term in row.terms else 0)
     assert changed.train.task_weights == (config.train.task_weights if name == "ours" else {})
     assert set(changed.train.weight_schedule) == {"acoustic", "sft"} & set(row.terms)
     assert (changed.train.seed, changed.layers.mode) == (3, row.mode)
-    assert (changed.run.folder, changed.run.cache) == (str(tmp_path / "r o'w"), str(tmp_path))
+    assert (changed.run.folder, changed.run.cache) == (str(tmp_path / "r o'w 😀"), str(tmp_path))
     assert not changed.evaluate.base and changed.evaluate.model is None
 
 
@@ -72,7 +75,7 @@ def test_rows_that_cannot_be_had_are_refused_together(file):
         "row skip: train.weights.layer is 0",
         "row all: train.weights.layer is 0",
         "row acoustic: train.weights.layer is 0",
-        "row ours: needs train.task_weights, the weights of each task's samples that differ (see docs/experiments.md)",
+        "row ours: " + NO_TASK_WEIGHTS.split(";")[0],
     ]
     refuse_missing_weights(config, choose(["base", "sft", "top"]))
 
@@ -82,3 +85,22 @@ def test_rows_are_chosen_by_name_in_the_order_of_the_table():
     for names in (["base", "best"], []):
         with pytest.raises(ConfigError, match="is no row; there are base, sft"):
             choose(names)
+
+
+def test_a_row_has_a_configuration_of_its_own_that_says_the_same(file, tmp_path):
+    for name in ("student", "data"):
+        (tmp_path / name).mkdir()
+    file.write_text(file.read_text().replace("m.jsonl", "data/m.jsonl"))
+    place = tmp_path / "rows" / "ours" / "seed-2"
+    place.mkdir(parents=True)
+    request = Request(file, settings(load_config(file), ROWS["ours"], 2, place, tmp_path))
+    written = write_configuration(request)
+    assert written == place / "kdpipe.yaml"
+    mine, theirs = Request(written).context(), request.context()
+    assert (mine.run_folder, mine.cache_folder) == (theirs.run_folder, theirs.cache_folder)
+    for path in ("data.manifest", "student.model.path"):
+        section, _, key = path.rpartition(".")
+        one, other = (ctx.base / getattr(attrgetter(section)(ctx.config), key) for ctx in (mine, theirs))
+        assert one.resolve() == other.resolve()
+    assert mine.config.teachers == theirs.config.teachers, "a hub name stays as it is"
+    assert (mine.config.train, mine.config.layers) == (theirs.config.train, theirs.config.layers)

@@ -77,8 +77,10 @@ def test_the_table_says_what_the_results_say(found):
     assert "2 hearing, 2 reasoning, 4 all" in lines[-1]
     assert len({len(line) for line in lines[:-1]}) == 1, "columns are straight"
     text = markdown(found).splitlines()
-    assert text[0] == "| row | hearing | reasoning | all | parity | sum | who |"
-    assert all(line.count("|") == 8 for line in text) and text[2].startswith("| Base | 100.0 [")
+    assert text[0] == "| row | seeds | hearing | reasoning | all | parity | sum | who |"
+    assert all(line.count("|") == 9 for line in text[:5]) and text[2].startswith("| Base | - | 100.0 [")
+    place = text.index("Difference from SFT only, in percentage points:")
+    assert text[place + 5].startswith("| Top textual + SFT | ") and "| +25.0 [" in text[place + 5]
 
 
 def test_answers_are_read_from_predictions(tmp_path):
@@ -87,5 +89,5 @@ def test_answers_are_read_from_predictions(tmp_path):
     pq.write_table(pa.table(dict(zip(("id", "source", "correct"), zip(*rows, strict=True), strict=True))), file)
     assert read_correct(file) == {"a": True, "c": False}
     file.write_bytes(b"PAR1 no")
-    with pytest.raises(KdpipeError, match=r"predictions\.parquet: cannot be read .* run `kdpipe rows` again"):
+    with pytest.raises(KdpipeError, match=r"predictions\.parquet: cannot be read .* Remove this file"):
         read_correct(file)

@@ -84,7 +84,7 @@ def test_report_sets_base_beside_student():
         "count        8   25.0 [ 0.0,  50.0]   87.5 [62.5, 100.0]   +62.5 [ +12.5, +100.0]  0.125",
         "parity       1  100.0 [20.7, 100.0]  100.0 [20.7, 100.0]    +0.0 [ -79.3,  +79.3]  1.000",
         "all          9   33.3 [ 0.0,  66.7]   88.9 [66.7, 100.0]   +55.6 [ +11.1, +100.0]  0.125",
-        "6 gained, 1 forgotten (evaluate/forgotten.jsonl)",
+        "6 gained, 1 forgotten",
         "student: 1 rejected",
     ]
     del scores["base"], scores["paired"]
@@ -279,4 +279,4 @@ def test_the_rows_of_a_benchmark_are_scored_by_its_rule_and_written_as_it_reads_
     assert scores["by"]["difficulty"]["hard"]["student"]["n"] == 2
     (file,) = (ctx.folder("evaluate") / "official" / "mmau" / "student").iterdir()
     assert [line.get("model_output") for line in json.loads(file.read_text())] == ["A dog!", "dog, a cat", None]
-    assert "mmau, student: accuracy: official 50.00 of 2, strict 33.33 of 3" in said
+    assert "mmau, student: accuracy: official 50.00 % of 2, strict 33.33 % of 3" in said

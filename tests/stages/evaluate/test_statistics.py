@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kdpipe.stages.evaluate.statistics import mcnemar, mean_interval, paired, recall_interval
+from kdpipe.stages.evaluate.statistics import mcnemar, mean_interval, paired
 
 
 def test_the_interval_of_a_share_is_that_of_the_binomial_distribution():
@@ -52,16 +52,7 @@ def test_seeds_that_differ_widen_the_interval_and_seeds_alike_do_not():
 
 def test_nothing_has_no_interval():
     assert mean_interval(np.zeros((3, 0))) is None
-    assert recall_interval([], []) is None
     assert paired({"a": True}, {"b": True}) is None
-
-
-def test_unweighted_accuracy_is_the_mean_of_recalls():
-    found = recall_interval([True] * 90 + [False] * 10, ["happy"] * 90 + ["sad"] * 10)
-    assert (found.value, found.n) == (0.5, 100)
-    assert (found.low, found.high) == (0.5, 0.5), "each class is resampled by itself"
-    mixed = recall_interval([True, False] * 50, ["a"] * 80 + ["b"] * 20)
-    assert mixed.value == 0.5 and mixed.low < 0.42 and mixed.high > 0.58
 
 
 @pytest.mark.parametrize(
