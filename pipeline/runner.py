@@ -82,19 +82,20 @@ def of_model(request: Request, model: str) -> Request:
     """
     if not model.strip():
         raise ConfigError(["--model: names no model; give a folder or a hub name"])
-    ctx = request.context()
+    others = tuple(text for text in request.overrides if text.startswith("evaluate.model."))  # of this model
+    overrides = tuple(text for text in request.overrides if text not in others)
+    ctx = Request(request.config_file, overrides).context()
     folder = Path(model) if Path(model).is_dir() else ctx.base / model
     name = str(folder.resolve()) if folder.is_dir() else model
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip(".-")[:60] or "model"
     place = ctx.run_folder / "models" / f"{slug}-{digest(name)[:8]}"
-    others = [text for text in request.overrides if text.startswith("evaluate.model.")]
     values = {
         "evaluate.model": {"path": name, "dtype": ctx.config.student.model.dtype},  # nothing of another model's
         "run.folder": str(place),
         "run.cache": str(ctx.cache_folder),
     }
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    return Request(request.config_file, (*request.overrides, *settings, *others))
+    return Request(request.config_file, (*overrides, *settings, *others))
 
 
 def bring_up_to_date(request: Request, target: str, *, only: bool = False) -> bool:
