@@ -50,9 +50,9 @@ class Effort:
     """
 
     clips: int = 3000
-    frame_steps: int = 400
+    frame_steps: int = 600
     describe_steps: int = 400
-    text_steps: int = 300
+    text_steps: int = 1000
     teacher_steps: int = 700
     exam: int = 180
 

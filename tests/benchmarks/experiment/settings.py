@@ -6,9 +6,9 @@ import json
 
 from experiment import world
 
-_HEARS = "{top: 0, layer: 0, acoustic: 1.0, acoustic_top: 1.0, sft: 0}"
+_HEARS = "{top: 0, layer: 0, acoustic: 1.0, acoustic_top: 8.0, sft: 0}"
 """Hearing questions are left to the acoustic teacher: the base student answers them as well as it ever will."""
-_REASONS = "{acoustic: 1.0}"
+_REASONS = "{top: 2.0, acoustic: 1.0}"
 
 
 def _task_weights() -> str:
@@ -56,7 +56,7 @@ train:
   weights: {{top: 1.0, layer: 0.05, acoustic: 0.05, sft: 0.5}}
   task_weights:
 {_task_weights()}
-  epochs: 12
+  epochs: 6
   learning_rate: 1e-3
   global_batch_tokens: 4096
   micro_batch_tokens: 4096
