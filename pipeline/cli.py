@@ -229,7 +229,7 @@ def evaluate(
     first where needed.
 
     With --model, any model that vLLM hears with (train/student of another run, say) is scored beside the untouched
-    student, in the folder models/ of the run, and no other stage is needed.
+    student, in the folder evaluations/ of the run, and no other stage is needed.
     """
     if manifest is not None and model is None:
         raise click.UsageError("--manifest goes with --model: the student of this run belongs to data.manifest")

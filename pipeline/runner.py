@@ -88,7 +88,7 @@ def of_model(request: Request, model: str) -> Request:
     folder = Path(model) if Path(model).is_dir() else ctx.base / model
     name = str(folder.resolve()) if folder.is_dir() else model
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip(".-")[:60] or "model"
-    place = ctx.run_folder / "models" / f"{slug}-{digest(name)[:8]}"
+    place = ctx.run_folder / "evaluations" / f"{slug}-{digest(name)[:8]}"
     values = {
         "evaluate.model": {"path": name, "dtype": ctx.config.student.model.dtype},  # nothing of another model's
         "run.folder": str(place),

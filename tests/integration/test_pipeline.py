@@ -253,7 +253,7 @@ def test_rows_and_another_model_are_scored_from_one_cache(run):
 
     told = kdpipe("evaluate", "--model", str(run / "rows" / "sft" / "seed-3" / "train" / "student"), folder=run)
     assert "train:" not in told
-    (place,) = (run / "models").iterdir()
+    (place,) = (run / "evaluations").iterdir()
     assert f"kdpipe report -c {place / 'kdpipe.yaml'}" in told
     for made in ("rows/ours/seed-3", str(place.relative_to(run))):
         stages = json.loads(

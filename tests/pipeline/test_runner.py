@@ -223,6 +223,6 @@ def test_another_model_takes_nothing_of_the_one_in_the_configuration(tmp_path, f
     assert of_model(asked, "org/B").context().config.evaluate.model.dtype == "bfloat16"
     (tmp_path / "student").mkdir()
     folders = {of_model(request, name).context().run_folder for name in ("student", str(tmp_path / "student"))}
-    assert len(folders) == 1 and folders.pop().parent == tmp_path / "models"
+    assert len(folders) == 1 and folders.pop().parent == tmp_path / "evaluations"
     with pytest.raises(ConfigError, match="names no model"):
         of_model(request, " ")
