@@ -20,7 +20,7 @@ lint: setup
 	.venv/bin/basedpyright --level error
 
 test: lint
-	.venv/bin/python -m pytest -n 2 --dist loadfile --reruns 1
+	.venv/bin/python -m pytest -n 2 --dist loadfile --reruns 1 -rfER
 
 demo: setup
 	.venv/bin/kdpipe demo

@@ -61,8 +61,17 @@ def assembled(ctx: Context) -> bool:
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    made_from = scores.get("made_from") if isinstance(scores, dict) else None
-    return (folder / "predictions.parquet").exists() and made_from == _made_from(ctx, ctx.ledger(STAGE.name))
+    if not isinstance(scores, dict) or scores.get("files") != _sizes(folder):
+        return False
+    return scores.get("made_from") == _made_from(ctx, ctx.ledger(STAGE.name))
+
+
+def _sizes(folder: Path) -> dict[str, int] | None:
+    """Bytes of the files beside `scores.json`; None where one is missing."""
+    try:
+        return {name: (folder / name).stat().st_size for name in ("predictions.parquet", "forgotten.jsonl")}
+    except OSError:
+        return None
 
 
 def _made_from(ctx: Context, ledger: Ledger) -> str:
@@ -82,9 +91,10 @@ def assemble(ctx: Context) -> dict[str, Any]:
     that base had right and the student has wrong; `official/BENCHMARK/MODEL/` a benchmark's own file.
 
     Returns:
-        What stands in `scores.json`: `format`, `split`, `samples`, `made_from` (a digest of what decided it), for each
-        model what `kdpipe.stages.evaluate.scores.score` gives, `paired` (see `pairs` there), `by` (see `by_columns`)
-        and `benchmarks`: by benchmark and model its `measure` with the `official` and the `strict` denominator.
+        What stands in `scores.json`: `format`, `split`, `samples`, `made_from` (a digest of what decided it), `files`
+        (bytes of those beside it), for each model what `kdpipe.stages.evaluate.scores.score` gives, `paired` (see
+        `pairs` there), `by` (see `by_columns`) and `benchmarks`: by benchmark and model its `measure` with the
+        `official` and the `strict` denominator.
 
     Raises:
         StoreError: a part is missing or damaged.
@@ -123,6 +133,7 @@ def assemble(ctx: Context) -> dict[str, Any]:
         lambda path: path.write_text(lines, encoding="utf-8", errors="backslashreplace"),
         tmp,
     )
+    scores["files"] = _sizes(ledger.folder)
     write_json(ledger.folder / "scores.json", scores, tmp)
     for line in report(scores):
         ctx.say(line)

@@ -230,7 +230,7 @@ def test_results_are_not_those_of_another_split_or_of_fewer_models(done):
     assert "base" not in assemble(student_alone) and assembled(student_alone) and not assembled(done)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"split": "test"}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", "null", "{}", '{"split": "test"}', "\xff"])
 def test_scores_that_cannot_be_read_or_tell_no_origin_are_made_again(done, text):
     file = done.folder("evaluate") / "scores.json"
     good = file.read_bytes()
@@ -238,8 +238,14 @@ def test_scores_that_cannot_be_read_or_tell_no_origin_are_made_again(done, text)
     assert not assembled(done)
     assemble(done)
     assert file.read_bytes() == good and assembled(done)
-    (done.folder("evaluate") / "predictions.parquet").unlink()
-    assert not assembled(done)
+    for name in ("predictions.parquet", "forgotten.jsonl"):
+        (done.folder("evaluate") / name).unlink()
+        assert not assembled(done)
+        assemble(done)
+        assert assembled(done)
+    file = done.folder("evaluate") / "predictions.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert not assembled(done), "a file that was cut off"
 
 
 def test_the_rows_of_a_benchmark_are_scored_by_its_rule_and_written_as_it_reads_them(tmp_path):
