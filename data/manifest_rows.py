@@ -10,7 +10,7 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,6 +91,20 @@ def _jsonl_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str,
 
 
 def _csv_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, row in csv_rows(path, problems, lambda header, where: _good_header(header, where, problems)):
+        yield where, _from_csv(row)
+
+
+def csv_rows(
+    path: Path, problems: Problems, is_good: Callable[[list[str], str], bool] = lambda header, where: True
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a CSV file with a header, all cells as texts, each with its place.
+
+    Args:
+        path: the file.
+        problems: takes what is wrong.
+        is_good: whether a header, at a place, will do; where not, nothing is read.
+    """
     # Bytes that are not UTF-8 become surrogates, which the check of each text finds and names by its line.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         reader = csv.reader(text, strict=True)
@@ -103,12 +117,12 @@ def _csv_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, A
                     continue
                 if header is None:
                     header = [name.strip() for name in cells]
-                    if not _good_header(header, where, problems):
+                    if not is_good(header, where):
                         return
                 elif len(cells) != len(header):
                     problems.add(where, f"has {len(cells)} fields, and the header has {len(header)}")
                 else:
-                    yield where, _from_csv(dict(zip(header, cells, strict=True)))
+                    yield where, dict(zip(header, cells, strict=True))
         except csv.Error as error:
             problems.add(f"{path.name}:{line}", f"is not CSV: {error}")
 

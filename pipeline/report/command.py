@@ -6,20 +6,11 @@ from pathlib import Path
 
 import click
 
+from kdpipe.pipeline.options import request_of, with_config
+
 
 @click.command()
-@click.option(
-    "-c",
-    "--config",
-    "config_file",
-    default="kdpipe.yaml",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="The configuration file of the run.",
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. --set run.folder=top."
-)
+@with_config
 @click.option(
     "-o",
     "--output",
@@ -47,10 +38,9 @@ def report(
     """
     from kdpipe.pipeline.cost import human_bytes
     from kdpipe.pipeline.report.page import write_report
-    from kdpipe.pipeline.runner import Request
     from kdpipe.pipeline.terminal import printable
 
-    problems = write_report(Request(config_file, overrides), output, rows=rows, audio=audio, force=force)
+    problems = write_report(request_of(config_file, overrides), output, rows=rows, audio=audio, force=force)
     for problem in problems:
         click.echo(printable(problem), err=True)
     click.echo(f"Wrote {printable(str(output))} ({human_bytes(output.stat().st_size)}).")

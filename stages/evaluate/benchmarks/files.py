@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kdpipe.data.manifest_rows import Problems, kind
+from kdpipe.data.manifest_rows import Problems, csv_rows, kind
 
 
 def read_items(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -21,7 +20,7 @@ def read_items(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, 
     Yields:
         The item's place (`file:line`, or `file row N`, from 1, in a list) and its fields.
     """
-    readers = {".json": _json_items, ".jsonl": _json_items, ".csv": _csv_items}
+    readers = {".json": _json_items, ".jsonl": _json_items, ".csv": csv_rows}
     reader = readers.get(path.suffix.lower())
     if not path.is_file():
         problems.add(str(path), "no such file")
@@ -65,27 +64,6 @@ def _parsed(text: str, where: str, problems: Problems) -> Any:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
         problems.add(where, f"is not JSON that can be read: {error}")
     return _BROKEN
-
-
-def _csv_items(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Bytes that are not UTF-8 become surrogates, which `Fields` finds and names by their line.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        header: list[str] | None = None
-        line = 1
-        try:
-            for cells in reader:
-                where, line = f"{path.name}:{line}", reader.line_num + 1
-                if not cells:
-                    continue
-                if header is None:
-                    header = [name.strip() for name in cells]
-                elif len(cells) != len(header):
-                    problems.add(where, f"has {len(cells)} fields, and the header has {len(header)}")
-                else:
-                    yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            problems.add(f"{path.name}:{line}", f"is not CSV: {error}")
 
 
 class Fields:
