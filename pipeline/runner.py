@@ -207,7 +207,12 @@ def _run_stage(request: Request, name: str, locks: Sequence[int]) -> None:
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
+        # Until the stage can take it (it imports first), SIGINT waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = subprocess.Popen(command, pass_fds=locks, stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number in came:
             process.send_signal(number)
         code = process.wait()

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by the runner until here
         ctx = Request(Path(config_file), tuple(overrides)).context()
         todo = make_plans(ctx, stage)[stage].todo  # the rest of the plans is let go
         STAGES[stage].run(ctx, todo)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +190,18 @@ def test_making_models_fails_in_one_sentence(tmp_path: Path):
     command = [sys.executable, "-P", "-m", "kdpipe.pipeline.demo", str(tmp_path / "file")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 1 and done.stderr.startswith("Error: demo: ") and done.stderr.count("\n") == 1
+
+
+def test_an_interruption_before_the_stage_has_begun_is_one_sentence(tmp_path, family):
+    """The runner starts a stage with SIGINT blocked; it waits until the stage can take it."""
+    config = build(tmp_path, family)
+    command = [sys.executable, "-P", "-m", "kdpipe.pipeline.worker", "textualize", str(config)]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process.send_signal(signal.SIGINT)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.strip() == "textualize: interrupted. What was committed is kept."
