@@ -222,10 +222,10 @@ class Ledger:
         return sorted(path for path in self.parts.glob("*") if path.name not in used)
 
     def _damaged(self, path: Path, why: str) -> StoreError:
-        mend = "run `kdpipe cache verify`, which mends it, or " if self.folder.name == "cache-teachers" else ""
+        mend = "run `kdpipe cache verify`, which mends it, " if self.folder.name == "cache-teachers" else ""
         return StoreError(
             f"{path}: cannot be read ({why}). Remove {self.folder} to build this stage anew, "
-            f"{mend}restore the file from a copy."
+            f"{mend}or restore the file from a copy."
         )
 
     def _load_current_rows(self) -> tuple[str | None, Rows]:
