@@ -22,7 +22,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
             except (ValueError, RecursionError):
                 break
-            if not isinstance(line, dict) or type(line.get("step")) is not int:
+            if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 1 << 53:
                 break
             lines.append(line)
     return lines

@@ -45,7 +45,7 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = results["rows"]
-    with pyplot.rc_context({"svg.hashsalt": "kdpipe"}):
+    with pyplot.rc_context({"svg.hashsalt": "kdpipe", "svg.fonttype": "path"}):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 1 + 0.4 * len(rows)), sharey=True, layout="constrained")
         for axis, (group, tasks), colour in zip(axes, GROUPS.items(), ("#3b6ea5", "#b5651d"), strict=True):
             for place, row in enumerate(rows):

@@ -93,7 +93,7 @@ def test_torn_metrics_are_shown_up_to_there_and_others_are_refused(run: Path):
     text = file.read_text()
     number = len(text[: len(text) // 2].splitlines())
     file.write_text(text[: len(text) // 2 - 5])
-    losses = page_of(run).sections["losses"]
+    losses = page_of(run, 1).sections["losses"]
     assert losses.all("figure")
     assert f"metrics.jsonl: line {number} is no line of metrics" in troubles(losses, "problem")[0]
     garble(file)
