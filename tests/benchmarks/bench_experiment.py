@@ -112,6 +112,7 @@ def main() -> None:
     if not given.prepare:
         run_rows(given.folder, given.seeds)
         draw(given.folder)
+        print(outcome.captions(given.folder))
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 

@@ -5,6 +5,8 @@ Its intervals (95 %) are over questions and seeds; differences are taken on the 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ GROUPS = {"reasoning": REASONING, "hearing": HEARING}
 """Tasks by the name of their group, as `kdpipe rows` is asked for them."""
 
 Results = Mapping[str, Any]
+_CAPTION = re.compile("<CAPTION>(.*?)</CAPTION>")
 
 
 def table(results: Results) -> str:
@@ -63,6 +66,29 @@ def plot(results: Results, path: Path) -> None:
         axes[0].invert_yaxis()
         figure.savefig(path, format="svg", metadata={"Date": None})
         pyplot.close(figure)
+
+
+def captions(folder: Path) -> str:
+    """For each trained row, the share of exact captions on reasoning questions, and of right answers with and without."""
+    import pyarrow.parquet as pq
+
+    manifest = (folder / "data" / "manifest.jsonl").read_text(encoding="utf-8")
+    heard = {row["id"]: row["heard"] for row in map(json.loads, manifest.splitlines())}
+    found: dict[str, dict[bool, list[bool]]] = {}
+    for file in sorted((folder / "rows").glob("*/seed-*/evaluate/predictions.parquet")):
+        by_caption = found.setdefault(file.parents[2].name, {True: [], False: []})
+        for answer in pq.read_table(file).to_pylist():
+            if answer["task"] in REASONING:
+                caption = _CAPTION.search(answer["output"])
+                by_caption[caption is not None and caption[1] == heard[answer["id"]]].append(answer["correct"])
+    lines = [
+        "Reasoning questions, all seeds: exact captions, right answers with an exact caption, and with another (%)"
+    ]
+    for name, parted in found.items():
+        exact, other = parted[True], parted[False]
+        shares = (len(exact) / len(exact + other), *(sum(part) / max(1, len(part)) for part in (exact, other)))
+        lines.append(f"{name:<10}" + "".join(f"{100 * share:>8.1f}" for share in shares))
+    return "\n".join(lines)
 
 
 def _percent(interval: Sequence[float], sign: str = "") -> str:
