@@ -69,7 +69,7 @@ def plot(results: Results, path: Path) -> None:
 
 
 def captions(folder: Path) -> str:
-    """For each trained row, the share of exact captions on reasoning questions, and of right answers with and without."""
+    """For each trained row, exact captions on reasoning questions, and right answers with and without, in percent."""
     import pyarrow.parquet as pq
 
     manifest = (folder / "data" / "manifest.jsonl").read_text(encoding="utf-8")
